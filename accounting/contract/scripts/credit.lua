@@ -1,0 +1,24 @@
+-- credit: apply one ledger delta to a wallet, exactly once.
+--
+-- KEYS[1] {sNN}:ws:<workspace>
+-- ARGV[1] delta id of the workspace, from 1, without gaps  ARGV[2] amount in µcr, signed
+-- reply   {1, balance} applied; {0, balance} applied before; {-1, last} a delta is missing;
+--         {-2, 0} workspace unknown here
+--
+-- Invariant: deltas apply in order and once; a balance stays within what a double holds.
+
+local MAX = 9000000000000000
+local delta, amount = tonumber(ARGV[1]), tonumber(ARGV[2])
+if not delta or not amount or delta < 1 or delta ~= math.floor(delta)
+    or amount ~= math.floor(amount) or math.abs(amount) > MAX then
+  error('credit: expected whole numbers')
+end
+local packed = redis.call('HGET', KEYS[1], 'w')
+if not packed then return {-2, 0} end
+local w = cmsgpack.unpack(packed)
+if delta <= w[4] then return {0, w[1]} end
+if delta ~= w[4] + 1 then return {-1, w[4]} end
+if math.abs(w[1] + amount) > MAX then error('credit: balance out of range') end
+w[1], w[4] = w[1] + amount, delta
+redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w))
+return {1, w[1]}

@@ -1,0 +1,119 @@
+-- lease: admit requests of one key against every limit at once, and take what they need.
+--
+-- KEYS[1] {sNN}:ws:<workspace>     hash: w, k:<key>, c:<key>, l:<boot>:<key>
+-- KEYS[2] {sNN}:leases:<boot>      set of <workspace>|<key> leased by this boot
+-- ARGV[1] boot  ARGV[2] key id  ARGV[3] workspace id
+-- ARGV[4] MessagePack: {version, {credits, tokens, slots} the worker holds already,
+--         {{credits, tokens, model_allowed}, ...} one ask per request, in order}
+-- reply   {0, now_us, balance, held, rpm, tpm, then per ask: verdict, detail_1, detail_2,
+--          requests_tat, tokens_tat}
+--         {1} workspace or key unknown here   {2} the worker's key record is stale
+-- verdicts 0 admitted; 1 key revoked or expired; 2 suspended; 3 model not allowed;
+--         4 requests/minute (wait_us); 5 tokens/minute (wait_us); 6 tokens/day (wait_us);
+--         7 concurrency (0); 8 above a token limit for ever (limit, asked);
+--         9 cost cap (cap, spent + held); 10 balance (balance, held)
+--
+-- Invariant: a refused ask takes nothing; held <= balance; spent + held <= cap;
+-- bucket level + held tokens <= tokens per minute; open <= concurrency.
+-- All checks and refusals come before the first write.
+
+local MINUTE = 60000000
+local DAY = 86400000000
+local MAX = 9000000000000000
+
+local function whole(x)
+  if type(x) ~= 'number' or x < 0 or x > MAX or x ~= math.floor(x) then
+    error('lease: expected a whole number')
+  end
+  return x
+end
+
+local boot, key_id, workspace_id = ARGV[1], ARGV[2], ARGV[3]
+local message = cmsgpack.unpack(ARGV[4])
+local version, mine, asks = whole(message[1]), message[2], message[3]
+whole(mine[1]); whole(mine[2]); whole(mine[3])
+for _, ask in ipairs(asks) do whole(ask[1]); whole(ask[2]); whole(ask[3]) end
+
+local lease_field = 'l:' .. boot .. ':' .. key_id
+local found = redis.call('HMGET', KEYS[1], 'w', 'k:' .. key_id, 'c:' .. key_id, lease_field)
+if not found[1] or not found[2] then return {1} end
+local w, k = cmsgpack.unpack(found[1]), cmsgpack.unpack(found[2])
+if k[1] ~= version then return {2} end
+local c = found[3] and cmsgpack.unpack(found[3]) or {0, 0, 0, 0, 0, 0, 0, 0, 0}
+local l = found[4] and cmsgpack.unpack(found[4]) or {0, 0, 0}
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local today = math.floor(now / DAY)
+local state, expires, rpm, tpm, daily, slots, cap = k[2], k[3], k[4], k[5], k[6], k[7], k[8]
+local balance, held = w[1], w[2]
+local requests_tat, busy_since, tokens_tat = c[1], c[2], c[3]
+local day_tokens = c[4] == today and c[5] or 0
+local open, held_key, held_tokens, spent = c[6], c[7], c[8], c[9]
+
+-- A reply that was lost leaves a lease the worker does not know of: bring it back first.
+held = held - l[1] + mine[1]
+held_key = held_key - l[1] + mine[1]
+held_tokens = held_tokens - l[2] + mine[2]
+open = open - l[3] + mine[3]
+l[1], l[2], l[3] = mine[1], mine[2], mine[3]
+
+local request_gap = rpm > 0 and math.ceil(MINUTE / rpm) or 0
+
+local function level(tat) return tat > now and tat - now or 0 end
+
+local function refusal(credits, tokens, model_allowed)
+  if state ~= 1 or (expires > 0 and now >= expires) then return 1, 0, 0 end
+  if w[3] ~= 1 then return 2, 0, 0 end
+  if model_allowed ~= 1 then return 3, 0, 0 end
+  if rpm > 0 and level(requests_tat) + request_gap > math.max(MINUTE, request_gap) then
+    return 4, level(requests_tat) + request_gap - math.max(MINUTE, request_gap), 0
+  end
+  if tpm > 0 then
+    if tokens > tpm then return 8, tpm, tokens end
+    local asked = math.ceil((held_tokens + tokens) * MINUTE / tpm)
+    if level(tokens_tat) + asked > MINUTE then
+      return 5, math.min(MINUTE, level(tokens_tat) + asked - MINUTE), 0
+    end
+  end
+  if daily > 0 then
+    if tokens > daily then return 8, daily, tokens end
+    if day_tokens + held_tokens + tokens > daily then return 6, (today + 1) * DAY - now, 0 end
+  end
+  if slots > 0 and open + 1 > slots then return 7, 0, 0 end
+  if cap >= 0 and spent + held_key + credits > cap then return 9, cap, spent + held_key end
+  if balance - held - credits < 0 then return 10, balance, held end
+  return 0, 0, 0
+end
+
+local reply = {0, now, balance, held, rpm, tpm}
+local taken = 0
+for _, ask in ipairs(asks) do
+  local verdict, detail_1, detail_2 = refusal(ask[1], ask[2], ask[3])
+  if verdict == 0 then
+    taken = taken + 1
+    if rpm > 0 then
+      if requests_tat <= now then requests_tat, busy_since = now, now end
+      requests_tat = requests_tat + request_gap
+    end
+    held, held_key = held + ask[1], held_key + ask[1]
+    held_tokens, open = held_tokens + ask[2], open + 1
+    l[1], l[2], l[3] = l[1] + ask[1], l[2] + ask[2], l[3] + 1
+  end
+  local n = #reply
+  reply[n + 1], reply[n + 2], reply[n + 3] = verdict, detail_1, detail_2
+  reply[n + 4] = requests_tat
+  reply[n + 5] = tpm > 0 and math.max(tokens_tat, now) + math.ceil(held_tokens * MINUTE / tpm) or 0
+end
+reply[3], reply[4] = balance, held
+
+if taken > 0 or found[4] then
+  if not found[4] then redis.call('SADD', KEYS[2], workspace_id .. '|' .. key_id) end
+  w[2] = held
+  redis.call('HSET', KEYS[1],
+    'w', cmsgpack.pack(w),
+    'c:' .. key_id, cmsgpack.pack({requests_tat, busy_since, tokens_tat, today, day_tokens,
+      open, held_key, held_tokens, spent}),
+    lease_field, cmsgpack.pack(l))
+end
+return reply

@@ -1,0 +1,82 @@
+-- settle: turn holds into charges, once, and put the batch's usage events on the stream.
+--
+-- KEYS[1] {sNN}:usage   KEYS[2] {sNN}:boots   KEYS[3..] {sNN}:ws:<workspace>
+-- ARGV[1] boot  ARGV[2] batch number of this boot and shard, from 1, rising
+-- ARGV[3] MessagePack rows: {workspace_index, key id, credits_released, charge,
+--         tokens_released, tokens_used, slots_released, {admitted_at_us of each void}}
+--         one row per workspace and key; workspace_index counts from 1 at KEYS[3]
+-- ARGV[4] the batch's usage events, opaque
+-- reply   the stream id, or '' when this batch was settled before
+--
+-- Invariant: each (boot, batch number) takes effect once; charge <= credits_released; the
+-- charge leaves the balance in the same step as its event enters the stream. Everything is
+-- checked before the first write, and the first write runs even at maxmemory.
+
+local MINUTE = 60000000
+local DAY = 86400000000
+local MAX = 9000000000000000
+
+local function whole(x)
+  if type(x) ~= 'number' or x < 0 or x > MAX or x ~= math.floor(x) then
+    error('settle: expected a whole number')
+  end
+  return x
+end
+
+local boot = ARGV[1]
+local number = whole(tonumber(ARGV[2]))
+local rows = cmsgpack.unpack(ARGV[3])
+if type(rows) ~= 'table' or #rows == 0 then error('settle: no rows') end
+for _, row in ipairs(rows) do
+  if type(row[2]) ~= 'string' or not KEYS[2 + whole(row[1])] or row[1] < 1 then
+    error('settle: unknown workspace or key')
+  end
+  for field = 3, 7 do whole(row[field]) end
+  if row[4] > row[3] then error('settle: charge above hold') end
+  for _, at in ipairs(row[8]) do whole(at) end
+end
+if #ARGV[4] == 0 then error('settle: no events') end
+
+local last = redis.call('HGET', KEYS[2], boot)
+if last and tonumber(last) >= number then return '' end
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local today = math.floor(now / DAY)
+
+redis.call('HDEL', KEYS[2], boot)
+redis.call('HSET', KEYS[2], boot, ARGV[2])
+
+for _, row in ipairs(rows) do
+  local hash, key_id = KEYS[2 + row[1]], row[2]
+  local lease_field = 'l:' .. boot .. ':' .. key_id
+  local found = redis.call('HMGET', hash, 'w', 'k:' .. key_id, 'c:' .. key_id, lease_field)
+  if found[1] and found[3] and found[4] then
+    local w, c, l = cmsgpack.unpack(found[1]), cmsgpack.unpack(found[3]), cmsgpack.unpack(found[4])
+    local k = found[2] and cmsgpack.unpack(found[2]) or {0, 0, 0, 0, 0, 0, 0, -1}
+    local credits, tokens = math.min(row[3], l[1]), math.min(row[5], l[2])
+    local slots = math.min(row[7], l[3])
+    l[1], l[2], l[3] = l[1] - credits, l[2] - tokens, l[3] - slots
+    w[1], w[2] = w[1] - row[4], w[2] - credits
+    c[6], c[7], c[8], c[9] = c[6] - slots, c[7] - credits, c[8] - tokens, c[9] + row[4]
+    if k[5] > 0 and row[6] > 0 then
+      c[3] = math.max(c[3], now) + math.ceil(row[6] * MINUTE / k[5])
+    end
+    if c[4] ~= today then c[4], c[5] = today, 0 end
+    c[5] = c[5] + row[6]
+    -- A void gives its request back, if the bucket has not been full since it was taken.
+    if k[4] > 0 and c[1] > now then
+      local gap = math.ceil(MINUTE / k[4])
+      for _, at in ipairs(row[8]) do
+        if at >= c[2] then c[1] = c[1] - gap end
+      end
+    end
+    redis.call('HSET', hash, 'w', cmsgpack.pack(w), 'c:' .. key_id, cmsgpack.pack(c),
+      lease_field, cmsgpack.pack(l))
+  elseif found[1] then
+    local w = cmsgpack.unpack(found[1])
+    w[1] = w[1] - row[4]
+    redis.call('HSET', hash, 'w', cmsgpack.pack(w))
+  end
+end
+return redis.call('XADD', KEYS[1], '*', 'b', boot, 'n', ARGV[2], 'e', ARGV[4])
