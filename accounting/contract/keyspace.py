@@ -6,7 +6,7 @@ arrays, read by Lua's cmsgpack and by msgspec alike.
 
 | key | type | lifetime | holds |
 |---|---|---|---|
-| `{sNN}:ws:<workspace>` | hash | for good | `w` Wallet, `k:<key>` KeyRules, `c:<key>` KeyCounters, `l:<boot>:<key>` LeaseRecord |
+| `{sNN}:ws:<workspace>` | hash | for good | a workspace, all of it: fields below |
 | `{sNN}:usage` | stream | trimmed once posted | usage events, one entry per settled batch |
 | `{sNN}:boots` | hash | for good, a field per live worker boot | last batch number settled |
 | `{sNN}:leases:<boot>` | set | until retired | `<workspace>|<key>` leased by that boot |
@@ -14,6 +14,9 @@ arrays, read by Lua's cmsgpack and by msgspec alike.
 | `epoch` | string | for good | set when Redis has been filled from Postgres; absent: gate closed |
 | `worker:<boot>` | string | heartbeat, expires | a worker lives |
 | `changed` | pub/sub channel | – | a key id whose record changed: workers forget it |
+
+Fields of a workspace: `w` Wallet, `k:<key>` KeyRules, `c:<key>` KeyCounters,
+`l:<boot>:<key>` LeaseRecord.
 """
 
 import hashlib

@@ -52,6 +52,7 @@ local day_tokens = c[4] == today and c[5] or 0
 local open, held_key, held_tokens, spent = c[6], c[7], c[8], c[9]
 
 -- A reply that was lost leaves a lease the worker does not know of: bring it back first.
+local corrected = l[1] ~= mine[1] or l[2] ~= mine[2] or l[3] ~= mine[3]
 held = held - l[1] + mine[1]
 held_key = held_key - l[1] + mine[1]
 held_tokens = held_tokens - l[2] + mine[2]
@@ -107,7 +108,7 @@ for _, ask in ipairs(asks) do
 end
 reply[3], reply[4] = balance, held
 
-if taken > 0 or found[4] then
+if taken > 0 or corrected then
   if not found[4] then redis.call('SADD', KEYS[2], workspace_id .. '|' .. key_id) end
   w[2] = held
   redis.call('HSET', KEYS[1],
