@@ -30,7 +30,7 @@ A script that cannot be read answers 400 with code `standin_script`.
     usage                 normal (also if not asked for), missing, zero, null,
                           in_last_content_chunk (in the finish chunk, the last that has
                           a choice), every_chunk (cumulative, and the usual one),
-                          late_after_done; default: as stream_options asks
+                          late_after_done; default as_asked (stream_options)
     id                    normal, null, constant, missing, junk
     status, retry_after   HTTP error in OpenAI's form; Retry-After in seconds
     encoding              chunked, content_length, close (plain); close also for streams
@@ -49,6 +49,8 @@ A script that cannot be read answers 400 with code `standin_script`.
     split_utf8=1          multi-byte text, each event cut inside a character in two writes
     split_events=1        each event cut at offsets drawn from `seed` in several writes
     coalesce=1            up to eight events in one write
+    stamp=1               each content starts with `@` and CLOCK_MONOTONIC in nanoseconds (19
+                          digits) at its writing, so that a reader here knows its age
 
 Mid-stream faults of a plain answer strike after half of its body. Each event is its own
 write unless coalesced; the head goes with the first event unless first_chunk_delay_ms.

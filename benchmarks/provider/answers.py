@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from benchmarks.provider.framing import STAMP_PLACE
 from benchmarks.provider.script import Script
 
 BYTES_PER_TOKEN = 4
@@ -84,6 +85,9 @@ def whole_pieces(script: Script, stream: bool) -> list[str]:
     if not stream:
         return [source if script.answer_bytes is None else text_of(script.answer_bytes, source)]
     words = re.findall(r"\S+\s*", source)
+    if script.stamp:
+        padding = "." * max(0, (script.chunk_bytes or 0) - len(STAMP_PLACE))
+        return [STAMP_PLACE + padding] * (len(words) if script.chunks is None else script.chunks)
     if script.chunk_bytes is not None:
         count = len(words) if script.chunks is None else script.chunks
         return [text_of(script.chunk_bytes, source)] * count
@@ -253,7 +257,7 @@ class ChunkWriter:
     def sends_usage(self) -> bool:
         """Whether the stream has a usage chunk of its own before or after `[DONE]`."""
         shape = self.ask.script.usage
-        if shape is None:
+        if shape == "as_asked":
             return self.ask.include_usage
         return shape not in ("missing", "in_last_content_chunk")
 

@@ -30,7 +30,7 @@ LINGER_AND_RESET = struct.pack("ii", 1, 0)
 class Request:
     """One request as it came; `headers` has lower-case names."""
 
-    __slots__ = ("body", "keep_alive", "method", "path", "raw_headers", "script_text")
+    __slots__ = ("body", "keep_alive", "method", "path", "raw_headers", "script_text", "version")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Request:
         body: bytes,
         script_text: str | None,
         keep_alive: bool,
+        version: str,
     ) -> None:
         self.method = method
         self.path = path
@@ -47,6 +48,7 @@ class Request:
         self.body = body
         self.script_text = script_text
         self.keep_alive = keep_alive
+        self.version = version
 
     @property
     def headers(self) -> dict[str, str]:
@@ -129,6 +131,7 @@ class ProviderConnection(asyncio.Protocol):
             body[0] if len(body) == 1 else b"".join(body),
             self._script_text,
             parser.should_keep_alive(),
+            parser.get_http_version(),
         )
         self._forget_request()
         if self._delivery is None and not self._blocked:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from benchmarks.provider.script import Script
 
@@ -29,6 +30,8 @@ JSON_TYPE = "application/json"
 # Long enough for two writes to arrive as two reads, and for data to pass before a reset.
 GAP_SECONDS = 0.003
 EVENTS_PER_WRITE = 8
+# Where a stamp goes: `@` and CLOCK_MONOTONIC in nanoseconds, 19 digits.
+STAMP_PLACE = "@" + "0" * 19
 
 
 class Ending(enum.Enum):
@@ -40,8 +43,15 @@ class Ending(enum.Enum):
     HANG = "nothing more ever comes"
 
 
+class Stamped(NamedTuple):
+    """An event to which the moment of its writing is added, so that a reader can tell its age."""
+
+    before: bytes
+    after: bytes
+
+
 # Seconds to wait, then what to write, or how to end.
-Step = tuple[float, bytes | Ending]
+Step = tuple[float, bytes | Stamped | Ending]
 
 
 def head(
@@ -67,6 +77,12 @@ def whole(
 def http_chunk(data: bytes) -> bytes:
     """`data` as one chunk of the chunked transfer encoding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def stamped(data: bytes) -> bytes | Stamped:
+    """`data` with its place for a stamp opened, if it has one."""
+    before, place, after = data.partition(STAMP_PLACE.encode())
+    return Stamped(before + b"@", after) if place else data
 
 
 def sse(script: Script, data: bytes) -> bytes:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from benchmarks.provider.framing import Ending, Step
+from benchmarks.provider.framing import Ending, Stamped, Step
 
 if TYPE_CHECKING:
     from benchmarks.provider.connection import ProviderConnection
@@ -97,7 +98,7 @@ class Delivery:
         self._metronome = metronome
         self._write = connection.transport.write
         self._next_step = steps.__next__
-        self._payload: bytes | Ending | None = None
+        self._payload: bytes | Stamped | Ending | None = None
         self._due = metronome.now()
         self.blocked = False
 
@@ -108,7 +109,7 @@ class Delivery:
         if delay:
             self._due += delay
             self._metronome.at(self._due, self)
-        elif payload.__class__ is bytes:
+        elif not isinstance(payload, Ending):
             self._metronome.soon(self)
         else:
             # The end belongs to the last write: the client may leave right after it.
@@ -119,6 +120,10 @@ class Delivery:
         payload = self._payload
         if isinstance(payload, bytes):
             self._write(payload)
+            if not self.blocked:
+                self.advance()
+        elif isinstance(payload, Stamped):
+            self._write(b"%b%019d%b" % (payload.before, time.monotonic_ns(), payload.after))
             if not self.blocked:
                 self.advance()
         elif payload is not None:

@@ -19,7 +19,14 @@ MAX_BYTES = 64 * 1024 * 1024
 MAX_DELAY_MS = 3_600_000
 
 UsageShape = Literal[
-    "normal", "missing", "zero", "null", "in_last_content_chunk", "every_chunk", "late_after_done"
+    "as_asked",
+    "normal",
+    "missing",
+    "zero",
+    "null",
+    "in_last_content_chunk",
+    "every_chunk",
+    "late_after_done",
 ]
 IdShape = Literal["normal", "null", "constant", "missing", "junk"]
 Encoding = Literal["chunked", "content_length", "close"]
@@ -65,7 +72,7 @@ class Script(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True, 
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     obey_max: bool = True
-    usage: UsageShape | None = None
+    usage: UsageShape = "as_asked"
     id: IdShape = "normal"
     status: int | None = None
     retry_after: int | None = None
@@ -77,6 +84,7 @@ class Script(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True, 
     split_utf8: bool = False
     split_events: bool = False
     coalesce: bool = False
+    stamp: bool = False
     encoding: Encoding | None = None
     finish_reason: str | None = None
     seed: int = 1

@@ -224,6 +224,8 @@ class StandInProvider:
             model, script = directed(kind, body, script)
         if request.script_text is not None:
             script = amended(script, request.script_text)
+        if request.version == "1.0":
+            script = amended(script, "encoding=close")
         prompt_tokens = script.prompt_tokens
         if prompt_tokens is None:
             prompt_tokens = answers.tokens_in(len(request.body))

@@ -18,11 +18,13 @@ from benchmarks.provider.framing import (
     GAP_SECONDS,
     JSON_TYPE,
     Ending,
+    Stamped,
     Step,
     head,
     http_chunk,
     shaped,
     sse,
+    stamped,
     whole,
 )
 from benchmarks.provider.script import Script
@@ -141,22 +143,30 @@ def streamed_steps(ask: Ask, unique: str, delay: float) -> Iterator[Step]:
     if ask.script.first_chunk_delay_ms:
         yield delay, start
         delay, start = 0.0, b""
-    last: bytes | Ending = b""
-    framed = b""
+    last: object = None
+    framed: bytes | Stamped = b""
     for wait, payload in shaped(ask.script, event_steps(ask, unique)):
-        if payload.__class__ is not bytes:
+        if not isinstance(payload, bytes):
             if payload is Ending.COMPLETE:
                 yield wait + delay, start + b"0\r\n\r\n" if chunked else Ending.CLOSE
                 wait = delay = 0.0
             yield wait + delay, payload
             return
         if payload is not last:
-            last, framed = payload, http_chunk(payload) if chunked else payload
+            data = http_chunk(payload) if chunked else payload
+            last, framed = payload, stamped(data) if ask.script.stamp else data
         if start:
-            yield wait + delay, start + framed
+            yield wait + delay, preceded(start, framed)
             delay, start = 0.0, b""
         else:
             yield wait, framed
+
+
+def preceded(start: bytes, framed: bytes | Stamped) -> bytes | Stamped:
+    """`framed` with `start` before it, in one write."""
+    if isinstance(framed, Stamped):
+        return framed._replace(before=start + framed.before)
+    return start + framed
 
 
 def event_steps(ask: Ask, unique: str) -> Iterator[Step]:
