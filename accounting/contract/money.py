@@ -3,13 +3,16 @@
 1 credit = $0.01 = 1,000,000 µcr. Every amount is an int; floats never touch money.
 """
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Context, Decimal, Inexact, InvalidOperation
 
 UCR_PER_CREDIT = 1_000_000
 UCR_PER_USD = 100_000_000
 MAX_UCR = 9_000_000_000_000_000  # below 2**53, so that a Lua double holds it exactly
 _CREDIT_PLACES = 6
 _USD_PLACES = 8
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_EXACT = Context(prec=40, traps=[Inexact, InvalidOperation])  # a lost digit is an error
 
 
 class MoneyError(ValueError):
@@ -53,6 +56,8 @@ def parse_usd(text: str | int | Decimal) -> int:
 def _parse(text: str | int | Decimal, places: int) -> int:
     if isinstance(text, bool) or not isinstance(text, (str, int, Decimal)):
         raise MoneyError("expected an exact decimal, not a float or flag")
+    if isinstance(text, str) and not _DECIMAL.fullmatch(text):
+        raise MoneyError("not a decimal number")
     try:
         amount = Decimal(text)
     except InvalidOperation:
@@ -63,7 +68,8 @@ def _parse(text: str | int | Decimal, places: int) -> int:
         raise MoneyError("must not be negative")
     if amount > Decimal(MAX_UCR).scaleb(-places):
         raise MoneyError("too large")
-    scaled = amount.scaleb(places)
-    if scaled != scaled.to_integral_value():
-        raise MoneyError(f"more than {places} decimal places")
-    return int(scaled)
+    try:
+        exact = amount.quantize(Decimal(1).scaleb(-places), context=_EXACT)
+    except Inexact:
+        raise MoneyError(f"more than {places} decimal places") from None
+    return int(exact.scaleb(places))
