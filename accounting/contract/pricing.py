@@ -39,15 +39,19 @@ def cost_ucr(price: Price, usage: TokenUsage) -> int:
         rates = price.long
     if not (usage.cached_input or usage.cache_write or usage.audio_input or usage.audio_output):
         return ceil_div(usage.input * rates.input + usage.output * rates.output, MILLION)
-    plain_input = usage.input - usage.cached_input - usage.cache_write - usage.audio_input
-    plain_output = usage.output - usage.audio_output
+    # A token counted on two meters (cached audio) is charged on the first; so a charge can
+    # never exceed the worst case of `input` and `output`, whatever parts a provider reports.
+    cached = min(usage.cached_input, usage.input)
+    written = min(usage.cache_write, usage.input - cached)
+    audio_in = min(usage.audio_input, usage.input - cached - written)
+    audio_out = min(usage.audio_output, usage.output)
     return ceil_div(
-        max(0, plain_input) * rates.input
-        + usage.cached_input * rates.cached_input
-        + usage.cache_write * rates.cache_write
-        + usage.audio_input * rates.audio_input
-        + max(0, plain_output) * rates.output
-        + usage.audio_output * rates.audio_output,
+        (usage.input - cached - written - audio_in) * rates.input
+        + cached * rates.cached_input
+        + written * rates.cache_write
+        + audio_in * rates.audio_input
+        + (usage.output - audio_out) * rates.output
+        + audio_out * rates.audio_output,
         MILLION,
     )
 
