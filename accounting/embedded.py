@@ -37,7 +37,7 @@ class Server:
     def __init__(self, url: str, child: Child, stop_timeout_seconds: float) -> None:
         self.url = url
         self.child = child
-        self._stop_timeout_seconds = stop_timeout_seconds
+        self.stop_timeout_seconds = stop_timeout_seconds
 
     def __repr__(self) -> str:
         return f"<Server {self.child!r}>"  # without the URL: it holds the password
@@ -51,7 +51,7 @@ class Server:
 
     def stop(self) -> bool:
         """End it in order, data safe on disk; False when it had to be killed."""
-        return self.child.stop(self._stop_timeout_seconds)
+        return self.child.stop(self.stop_timeout_seconds)
 
 
 def start_redis(data_dir: Path) -> Server:
