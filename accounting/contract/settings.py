@@ -5,6 +5,7 @@ value outside its bounds raises `SettingsError`, whose text starts with the vari
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -47,41 +48,32 @@ class Address(Struct, frozen=True):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+_ADDRESS = re.compile(
+    r"(?:\[(?P<six>[0-9A-Za-z.%_-]*:[0-9A-Za-z:.%_-]*)\]|(?P<host>[0-9A-Za-z._-]+))"
+    r":(?P<port>[0-9]{1,5})"
+)
+
+
 def parse_address(text: str) -> Address:
     """`127.0.0.1:8080`, `[::1]:8080` or `localhost:0`; ValueError when it is none of these."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError("expected HOST:PORT")
-    if ":" in host and not text.startswith("["):
-        raise ValueError("an IPv6 address needs brackets: [::1]:8080")
-    return Address(host, int(port))
+    found = _ADDRESS.fullmatch(text)
+    if not found or int(found["port"]) > 65535:
+        raise ValueError("expected HOST:PORT or [IPV6]:PORT")
+    return Address(found["six"] or found["host"], int(found["port"]))
 
 
-def _int(low: int, high: int, meaning: str) -> Any:
-    return Annotated[int, Meta(ge=low, le=high, description=meaning)]
+def _between(low: float, high: float, meaning: str) -> Meta:
+    return Meta(ge=low, le=high, description=meaning)
 
 
-def _seconds(low: float, high: float, meaning: str) -> Any:
-    return Annotated[float, Meta(ge=low, le=high, description=meaning)]
+def _text(meaning: str, pattern: str | None = None) -> Meta:
+    return Meta(description=meaning, pattern=pattern)
 
 
-def _text(meaning: str) -> Any:
-    return Annotated[str, Meta(description=meaning)]
-
-
-def _flag(meaning: str) -> Any:
-    return Annotated[bool, Meta(description=meaning)]
-
-
-def _address(meaning: str) -> Any:
-    return Annotated[Address, Meta(description=meaning)]
-
-
-def _secret(meaning: str) -> Any:
-    return Annotated[Secret, Meta(description=meaning)]
-
-
+_REDIS_URL = r"((rediss?|unix)://[!-~]+)?"
+_DATABASE_URL = r"(postgres(ql)?://[!-~]+)?"
+_BEARER = r"[!-~]*"
+_USD = r"\A[0-9]{1,6}(\.[0-9]{1,8})?\Z"
 MIB = 1024 * 1024
 DAY = 86_400
 
@@ -89,61 +81,121 @@ DAY = 86_400
 class Settings(Struct, frozen=True, kw_only=True):
     """All settings of all processes; see each field's description for unit and meaning."""
 
-    listen: _address("public listener: clients") = Address("127.0.0.1", 8080)
-    admin_listen: _address("account and operator API") = Address("127.0.0.1", 8081)
-    private_listen: _address("probes and metrics: /healthz /readyz /metrics") = Address(
-        "127.0.0.1", 8082
+    listen: Annotated[Address, _text("public listener: clients")] = Address("127.0.0.1", 8080)
+    admin_listen: Annotated[Address, _text("account and operator API")] = Address("127.0.0.1", 8081)
+    private_listen: Annotated[Address, _text("probes and metrics: /healthz /readyz /metrics")] = (
+        Address("127.0.0.1", 8082)
     )
-    workers: _int(0, 256, "proxy worker processes; 0 = one per core") = 0
-    redis_url: _secret("redis://… ; empty = an embedded Redis") = Secret()
-    database_url: _secret("postgresql://… ; empty = an embedded PostgreSQL") = Secret()
-    catalogue: _text("path of the catalogue (TOML); empty = the starter catalogue") = ""
-    operator_token: _secret("bearer token of /v1/admin; empty = made in the data directory") = (
+    workers: Annotated[int, _between(0, 256, "proxy worker processes; 0 = one per core")] = 0
+    redis_url: Annotated[Secret, _text("redis://… ; empty = an embedded Redis", _REDIS_URL)] = (
         Secret()
     )
-    data_dir: _text("where embedded servers, journals and the operator token live") = ".tollgate"
-    sandbox: _flag("offer the catalogue's sandbox provider and its models") = False
+    database_url: Annotated[
+        Secret, _text("postgresql://… ; empty = an embedded PostgreSQL", _DATABASE_URL)
+    ] = Secret()
+    catalogue: Annotated[
+        str, _text("path of the catalogue (TOML); empty = the starter catalogue")
+    ] = ""
+    operator_token: Annotated[
+        Secret, _text("bearer token of /v1/admin; empty = made in the data directory", _BEARER)
+    ] = Secret()
+    data_dir: Annotated[
+        str, _text("where embedded servers, journals and the operator token live")
+    ] = ".tollgate"
+    sandbox: Annotated[bool, _text("offer the catalogue's sandbox provider and its models")] = False
 
-    head_limit_bytes: _int(1024, MIB, "largest request head; beyond it 431") = 32_768
-    body_limit_bytes: _int(1024, 512 * MIB, "largest request body; beyond it 413") = 20 * MIB
-    answer_limit_bytes: _int(1024, 512 * MIB, "largest non-streamed provider answer") = 32 * MIB
-    event_limit_bytes: _int(1024, 64 * MIB, "largest single event of a stream") = 8 * MIB
-    write_buffer_bytes: _int(4096, 64 * MIB, "unsent bytes per client before upstream pauses") = (
-        262_144
+    head_limit_bytes: Annotated[int, _between(1024, MIB, "largest request head; beyond it 431")] = (
+        32_768
     )
-    connections: _int(1, 1_000_000, "open client connections per worker; beyond it 503") = 20_000
-    pipeline_depth: _int(1, 1024, "requests read ahead of an answer on one connection") = 16
-    head_timeout_seconds: _seconds(0.1, 600, "from a head's first byte to its last") = 10.0
-    body_timeout_seconds: _seconds(0.1, 3600, "for a request body to arrive in full") = 60.0
-    idle_timeout_seconds: _seconds(0.1, 3600, "a connection between two requests") = 75.0
-    stalled_client_seconds: _seconds(0.1, 3600, "a client that reads nothing of its answer") = 60.0
-    drain_timeout_seconds: _seconds(0, 3600, "streams may go on this long after SIGTERM") = 30.0
+    body_limit_bytes: Annotated[
+        int, _between(1024, 512 * MIB, "largest request body; beyond it 413")
+    ] = 20 * MIB
+    answer_limit_bytes: Annotated[
+        int, _between(1024, 512 * MIB, "largest non-streamed provider answer")
+    ] = 32 * MIB
+    event_limit_bytes: Annotated[
+        int, _between(1024, 64 * MIB, "largest single event of a stream")
+    ] = 8 * MIB
+    write_buffer_bytes: Annotated[
+        int, _between(4096, 64 * MIB, "unsent bytes per client before upstream pauses")
+    ] = 262_144
+    connections: Annotated[
+        int, _between(1, 1_000_000, "open client connections per worker; beyond it 503")
+    ] = 20_000
+    pipeline_depth: Annotated[
+        int, _between(1, 1024, "requests read ahead of an answer on one connection")
+    ] = 16
+    head_timeout_seconds: Annotated[
+        float, _between(0.1, 600, "from a head's first byte to its last")
+    ] = 10.0
+    body_timeout_seconds: Annotated[
+        float, _between(0.1, 3600, "for a request body to arrive in full")
+    ] = 60.0
+    idle_timeout_seconds: Annotated[
+        float, _between(0.1, 3600, "a connection between two requests")
+    ] = 75.0
+    stalled_client_seconds: Annotated[
+        float, _between(0.1, 3600, "a client that reads nothing of its answer")
+    ] = 60.0
+    drain_timeout_seconds: Annotated[
+        float, _between(0, 3600, "streams may go on this long after SIGTERM")
+    ] = 30.0
 
-    connect_timeout_seconds: _seconds(0.05, 120, "to open a connection to a provider") = 5.0
-    first_byte_timeout_seconds: _seconds(0.05, 3600, "for a provider to start its answer") = 120.0
-    chunk_timeout_seconds: _seconds(0.05, 3600, "silence between two chunks of an answer") = 60.0
-    total_timeout_seconds: _seconds(0.05, DAY, "one exchange from admission to its end") = 900.0
-    upstream_connections: _int(1, 100_000, "open connections per provider and worker") = 2_000
-    upstream_waiting: _int(0, 100_000, "exchanges waiting for one of them; beyond it 503") = 1_000
-    upstream_idle_seconds: _seconds(0.1, 3600, "an unused provider connection is kept") = 30.0
+    connect_timeout_seconds: Annotated[
+        float, _between(0.05, 120, "to open a connection to a provider")
+    ] = 5.0
+    first_byte_timeout_seconds: Annotated[
+        float, _between(0.05, 3600, "for a provider to start its answer")
+    ] = 120.0
+    chunk_timeout_seconds: Annotated[
+        float, _between(0.05, 3600, "silence between two chunks of an answer")
+    ] = 60.0
+    total_timeout_seconds: Annotated[
+        float, _between(0.05, DAY, "one exchange from admission to its end")
+    ] = 900.0
+    upstream_connections: Annotated[
+        int, _between(1, 100_000, "open connections per provider and worker")
+    ] = 2_000
+    upstream_waiting: Annotated[
+        int, _between(0, 100_000, "exchanges waiting for one of them; beyond it 503")
+    ] = 1_000
+    upstream_idle_seconds: Annotated[
+        float, _between(0.1, 3600, "an unused provider connection is kept")
+    ] = 30.0
 
-    redis_timeout_seconds: _seconds(0.01, 30, "for a reply from Redis; then 503") = 0.2
-    redis_pending: _int(16, 1_000_000, "commands awaiting a reply per worker; then 503") = 20_000
-    key_cache_entries: _int(16, 10_000_000, "key records kept per worker") = 50_000
-    key_cache_seconds: _seconds(1, 3600, "a key record is kept unchecked") = 300.0
-    settle_interval_seconds: _seconds(0.001, 1, "settles are gathered this long") = 0.01
-    settle_batch: _int(1, 4096, "settles sent to one shard in one call") = 256
-    journal_slots: _int(64, 1_000_000, "live or unsettled exchanges per worker; then 503") = 32_768
-    heartbeat_seconds: _seconds(0.1, 60, "a worker says that it lives") = 2.0
+    redis_timeout_seconds: Annotated[
+        float, _between(0.01, 30, "for a reply from Redis; then 503")
+    ] = 0.2
+    redis_pending: Annotated[
+        int, _between(16, 1_000_000, "commands awaiting a reply per worker; then 503")
+    ] = 20_000
+    key_cache_entries: Annotated[int, _between(16, 10_000_000, "key records kept per worker")] = (
+        50_000
+    )
+    key_cache_seconds: Annotated[float, _between(1, 3600, "a key record is kept unchecked")] = 300.0
+    settle_interval_seconds: Annotated[
+        float, _between(0.001, 1, "settles are gathered this long")
+    ] = 0.01
+    settle_batch: Annotated[int, _between(1, 4096, "settles sent to one shard in one call")] = 256
+    journal_slots: Annotated[
+        int, _between(64, 1_000_000, "live or unsettled exchanges per worker; then 503")
+    ] = 32_768
+    heartbeat_seconds: Annotated[float, _between(0.1, 60, "a worker says that it lives")] = 2.0
 
-    accounting_batch: _int(1, 10_000, "stream entries posted in one transaction") = 500
-    accounting_wait_seconds: _seconds(0.01, 60, "a read of the stream waits for entries") = 1.0
-    accounting_deliveries: _int(1, 100, "tries before an entry goes to quarantine") = 5
-    database_connections: _int(1, 1_000, "pool of each accounting or admin process") = 8
-    database_timeout_seconds: _seconds(0.1, 600, "for one statement") = 30.0
-    trial_usd: Annotated[
-        str, Meta(pattern=r"^\d{1,6}(\.\d{1,8})?$", description="trial credits of the demo, USD")
-    ] = "20"
+    accounting_batch: Annotated[
+        int, _between(1, 10_000, "stream entries posted in one transaction")
+    ] = 500
+    accounting_wait_seconds: Annotated[
+        float, _between(0.01, 60, "a read of the stream waits for entries")
+    ] = 1.0
+    accounting_deliveries: Annotated[
+        int, _between(1, 100, "tries before an entry goes to quarantine")
+    ] = 5
+    database_connections: Annotated[
+        int, _between(1, 1_000, "pool of each accounting or admin process")
+    ] = 8
+    database_timeout_seconds: Annotated[float, _between(0.1, 600, "for one statement")] = 30.0
+    trial_usd: Annotated[str, _text("trial credits of the demo, USD", _USD)] = "20"
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:
@@ -162,8 +214,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:
-    base = get_args(kind)[0]
+    base, meta = get_args(kind)[:2]
     if base is Secret:
+        if not re.fullmatch(meta.pattern, text):
+            raise SettingsError(f"{variable}: not a usable {meta.description.split(';')[0]}")
         return Secret(text)
     try:
         if base is Address:
