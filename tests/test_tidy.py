@@ -17,7 +17,7 @@ from accounting.contract import settings
 ROOT = Path(__file__).resolve().parents[1]
 
 ROOT_FOLDERS = {"proxy", "accounting", "admin_api", "benchmarks", "tests", "grafana", ".ci"}
-NOT_OURS = {".git", ".venv", ".tollgate", "node_modules", "__pycache__", "build"}
+NOT_OURS = {"node_modules", "__pycache__", "build"}
 TEXT_SUFFIXES = {".py", ".lua", ".sql", ".toml", ".md", ".yaml", ".yml", ".json", ".lock", ".mjs"}
 TEXT_NAMES = {"Makefile", "run", ".gitignore"}
 
@@ -229,12 +229,16 @@ def tree() -> Iterator[File]:
     """Every text file of the project; what tools and runs leave behind is skipped."""
     for path in sorted(ROOT.rglob("*")):
         relative = path.relative_to(ROOT)
-        ours = not any(
-            part in NOT_OURS or part.endswith(("_cache", ".egg-info")) for part in relative.parts
-        )
+        foreign = any(map(left_behind, relative.parts[:-1]))
         text = path.suffix in TEXT_SUFFIXES or path.name in TEXT_NAMES
-        if ours and text and path.is_file():
+        if text and not foreign and path.is_file():
             yield File(relative.as_posix(), path.read_text("utf-8"))
+
+
+def left_behind(folder: str) -> bool:
+    """Whether tools or runs made the folder: hidden ones (but `.ci`), and some by name."""
+    hidden = folder.startswith(".") and folder not in ROOT_FOLDERS
+    return hidden or folder in NOT_OURS or folder.endswith(".egg-info")
 
 
 @pytest.fixture(scope="module")
