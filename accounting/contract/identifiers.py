@@ -29,7 +29,9 @@ def time_ms(identifier: str) -> int:
     value = 0
     for letter in letters[:10]:
         value = value * 32 + _VALUES[letter]
-    return value & ((1 << 48) - 1)
+    if value >> 48:
+        raise ValueError("not an id of ours")
+    return value
 
 
 def day_of(identifier: str) -> date:
