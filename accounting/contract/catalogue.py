@@ -5,12 +5,13 @@ missing price or key variable, a price that is negative, zero or finer than a µ
 """
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -158,7 +159,7 @@ def _provider(
     """None when the provider is not on offer: an optional one without its key."""
     where = f"catalogue: provider {name!r}"
     table = _convert(raw, _ProviderTable, where)
-    url = urlsplit(table.base_url)
+    url = _url(table.base_url, where)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
         raise CatalogueError(f"{where}: base_url must be http(s)://host[:port]/path")
     if url.username or url.password:
@@ -187,11 +188,23 @@ def _provider(
     )
 
 
-def _port(url: Any, where: str) -> int:
+def _url(text: str, where: str) -> SplitResult:
+    if not re.fullmatch(r"[!-~]+", text):
+        raise CatalogueError(f"{where}: base_url must be printable ASCII without spaces")
     try:
-        return url.port or (443 if url.scheme == "https" else 80)
+        return urlsplit(text)
     except ValueError:
-        raise CatalogueError(f"{where}: base_url has no valid port") from None
+        raise CatalogueError(f"{where}: base_url is not a URL") from None
+
+
+def _port(url: SplitResult, where: str) -> int:
+    try:
+        port = url.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise CatalogueError(f"{where}: base_url has no valid port")
+    return port or (443 if url.scheme == "https" else 80)
 
 
 def _model(name: str, raw: dict[str, Any], providers: dict[str, Provider | None]) -> Model:
