@@ -1,0 +1,204 @@
+"""What a run is told as: medians with their spread, a table, a JSON file.
+
+Owns figures derived from measurements, and their wording. Pure but for `save`.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.processes import nginx_path
+from benchmarks.scenarios import Measurement, Plan, Scenario
+
+BASELINE = "nginx"
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Median, least and greatest of the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{figure(self.median)} ({figure(self.low)}–{figure(self.high)})"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One subject over all repetitions. `times_baseline` is CPU over nginx's in the same run."""
+
+    subject: str
+    units_per_second: Spread
+    cpu_us_per_unit: dict[str, Spread]
+    times_baseline: float | None
+    latency_p50_ms: Spread | None
+    latency_p99_ms: Spread | None
+    errors: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything of one run."""
+
+    scenario: str
+    summary: str
+    unit: str
+    at: datetime
+    machine: dict[str, str]
+    plan: Plan
+    subjects: list[Summary]
+    measurements: list[Measurement]
+
+
+def report_of(scenario: Scenario, plan: Plan, measurements: Sequence[Measurement]) -> Report:
+    """The report of one run; subjects in the order in which they were first measured."""
+    names = list(dict.fromkeys(measured.subject for measured in measurements))
+    grouped = {n: [m for m in measurements if m.subject == n] for n in names}
+    baseline = own_cpu(BASELINE, grouped.get(BASELINE, []))
+    return Report(
+        scenario=scenario.name,
+        summary=scenario.summary,
+        unit=scenario.unit,
+        at=datetime.now(UTC),
+        machine=machine(),
+        plan=plan,
+        subjects=[summary_of(scenario.unit, n, grouped[n], baseline) for n in names],
+        measurements=list(measurements),
+    )
+
+
+def own_cpu(name: str, measured: Sequence[Measurement]) -> float | None:
+    """Median CPU per unit of the subject's own process group."""
+    values = [m.cpu_us_per_unit[name] for m in measured if name in m.cpu_us_per_unit]
+    return statistics.median(values) if values else None
+
+
+def summary_of(
+    unit: str, name: str, measured: Sequence[Measurement], baseline: float | None
+) -> Summary:
+    """One subject's medians."""
+    own = own_cpu(name, measured)
+    rates = [
+        (m.result.requests if unit == "request" else m.result.chunks) / m.result.seconds
+        for m in measured
+    ]
+    taken = [m.result.latency_ms if unit == "request" else m.result.chunk_age_ms for m in measured]
+    known = [latencies for latencies in taken if latencies is not None]
+    return Summary(
+        subject=name,
+        units_per_second=spread(rates),
+        cpu_us_per_unit={
+            group: spread([m.cpu_us_per_unit[group] for m in measured])
+            for group in measured[0].cpu_us_per_unit
+        },
+        times_baseline=round(own / baseline, 2) if own and baseline else None,
+        latency_p50_ms=spread([latencies.p50 for latencies in known]) if known else None,
+        latency_p99_ms=spread([latencies.p99 for latencies in known]) if known else None,
+        errors=sum(sum(m.result.errors.values()) for m in measured),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of at least one value."""
+    return Spread(round(statistics.median(values), 3), round(min(values), 3), round(max(values), 3))
+
+
+def figure(value: float) -> str:
+    """A number with as many digits as it means."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def table(report: Report) -> str:
+    """The report as a Markdown table with a line about how it was made."""
+    plan, unit = report.plan, report.unit
+    extra = list(
+        dict.fromkeys(
+            group
+            for subject in report.subjects
+            for group in subject.cpu_us_per_unit
+            if group != subject.subject
+        )
+    )
+    what = "answer" if unit == "request" else "age of a chunk"
+    titles = [
+        "path",
+        f"{unit}s/s",
+        f"CPU µs/{unit}",
+        f"× {BASELINE}",
+        *(f"{group} µs" for group in extra),
+        f"{what} p50 ms",
+        "p99 ms",
+        "errors",
+    ]
+    lines = [titles, ["---"] * len(titles)]
+    lines += [row(subject, extra) for subject in report.subjects]
+    head = (
+        f"{report.scenario}: {report.summary}; {plan.repetitions} × {plan.seconds:g} s, "
+        f"median (min–max)\n{report.machine['processor']}, {report.machine['python']}\n"
+    )
+    return head + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def row(subject: Summary, extra: Sequence[str]) -> list[str]:
+    """One subject's cells."""
+    cpu = subject.cpu_us_per_unit
+    return [
+        subject.subject,
+        str(subject.units_per_second),
+        str(cpu.get(subject.subject, "–")),
+        "–" if subject.times_baseline is None else f"{subject.times_baseline:.2f}",
+        *(figure(cpu[group].median) if group in cpu else "–" for group in extra),
+        "–" if subject.latency_p50_ms is None else str(subject.latency_p50_ms),
+        "–" if subject.latency_p99_ms is None else str(subject.latency_p99_ms),
+        str(subject.errors),
+    ]
+
+
+def save(report: Report, folder: Path) -> Path:
+    """Write the report as JSON into `folder`; gives the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{report.scenario}-{report.at:%Y%m%dT%H%M%SZ}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    return path
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on: processor, kernel, interpreter and its build, versions."""
+    arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
+    optimised = "optimised" if "--enable-optimizations" in arguments else "not optimised"
+    nginx = nginx_path()
+    return {
+        "processor": processor(),
+        "kernel": platform.release(),
+        "python": f"CPython {platform.python_version()} ({optimised} build)",
+        "nginx": said_by([nginx, "-v"]) if nginx else "",
+        "commit": said_by(["git", "rev-parse", "HEAD"]) if shutil.which("git") else "",
+    }
+
+
+def processor() -> str:
+    """The processor's name and how many cores this machine has."""
+    text = Path("/proc/cpuinfo").read_text()
+    names = [
+        li.partition(":")[2].strip() for li in text.splitlines() if li.startswith("model name")
+    ]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {text.count('processor')} cores"
+
+
+def said_by(command: Sequence[str]) -> str:
+    """The first line a command prints, on whichever stream; empty if it prints nothing."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return ((done.stdout or done.stderr).splitlines() or [""])[0]

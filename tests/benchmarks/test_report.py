@@ -1,0 +1,91 @@
+"""What a run is told as; and one short real run from the command line."""
+
+import asyncio
+import json
+import sys
+from decimal import Decimal
+
+import msgspec
+import pytest
+
+from benchmarks import report, wrk
+from benchmarks.load import LoadResult, target_for
+from benchmarks.load_connection import Latencies
+from benchmarks.processes import nginx_path
+from benchmarks.scenarios import SCENARIOS, Measurement, Plan, Subject, chat_body
+
+
+def measured(subject: str, repetition: int, cpu: float, **more: float) -> Measurement:
+    times = Latencies(10, 1.0, 2.0, 3.0, 4.0)
+    result = LoadResult(2.0, 1000 * (repetition + 1), 0, 5, {}, times, times, None, 0, Decimal(0))
+    per_unit = {subject: cpu, "load": 9.0, **more}
+    return Measurement(subject, repetition, "own", result, {}, per_unit)
+
+
+def test_medians_spreads_and_the_factor_over_nginx():
+    runs = [measured("nginx", i, cpu) for i, cpu in enumerate((20.0, 22.0, 30.0))]
+    runs += [measured("ours", i, cpu, redis=2.0) for i, cpu in enumerate((44.0, 40.0, 50.0))]
+    made = report.report_of(SCENARIOS["rate"], Plan(), runs)
+    nginx, ours = made.subjects
+    assert nginx.cpu_us_per_unit["nginx"] == report.Spread(22.0, 20.0, 30.0)
+    assert (nginx.times_baseline, ours.times_baseline) == (1.0, 2.0)
+    assert ours.units_per_second == report.Spread(1000.0, 500.0, 1500.0)
+    lines = report.table(made).splitlines()
+    assert lines[-1].startswith("| ours | 1,000 (500.0–1,500) | 44.0 (40.0–50.0) | 2.00 |")
+    assert "redis µs" in lines[2]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_without_nginx_there_is_no_factor():
+    made = report.report_of(SCENARIOS["rate"], Plan(), [measured("ours", 0, 5.0)])
+    assert made.subjects[0].times_baseline is None
+
+
+def test_saved_reports_are_json(tmp_path):
+    made = report.report_of(SCENARIOS["rate"], Plan(), [measured("ours", 0, 5.0)])
+    saved = json.loads(report.save(made, tmp_path / "new").read_bytes())
+    assert saved["scenario"] == "rate"
+    assert saved["measurements"][0]["result"]["requests"] == 1000
+    assert saved["machine"]["processor"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_are_one_kilobyte(stream):
+    body = chat_body(Subject("s", "http://h/v1"), "chunks=5", stream)
+    assert 1000 <= len(msgspec.json.encode(body)) <= 1030
+    assert body["messages"][0]["content"].endswith("[[standin chunks=5]]")
+
+
+@pytest.mark.skipif(not wrk.is_installed(), reason="wrk is not installed")
+async def test_wrk_sends_the_same_request_and_its_figures_are_read(provider):
+    body = {"model": "m", "messages": [{"role": "user", "content": 'a "quoted" 漢字 [[x]]\\'}]}
+    result = await wrk.run(target_for(provider.base_url, body, "key"), 2, 1, None)
+    assert 0 < result.requests <= provider.served
+    assert (result.errors, result.latency_ms.count) == ({}, result.requests)
+    seen = provider.requests[0]
+    assert (seen.path, json.loads(seen.body)) == ("/v1/chat/completions", body)
+    assert seen.headers["authorization"] == "Bearer key"
+
+
+def test_wrk_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="unable to connect"):
+        wrk.result_in("unable to connect to 127.0.0.1:1\n")
+
+
+async def test_a_short_run_of_everything(tmp_path):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks", "all", "--repetitions", "1", "--seconds", "0.2"),
+        *("--warmup", "0", "--concurrency", "4", "--client", "own", "--results", str(tmp_path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(60):
+        output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    saved = [json.loads(path.read_bytes()) for path in tmp_path.iterdir()]
+    assert {run["scenario"] for run in saved} == set(SCENARIOS)
+    expected = ["direct", "nginx"] if nginx_path() else ["direct"]
+    for run in saved:
+        assert [subject["subject"] for subject in run["subjects"]] == expected
+        assert all(subject["errors"] == 0 for subject in run["subjects"])
+        assert all(subject["units_per_second"]["median"] > 0 for subject in run["subjects"])
