@@ -235,7 +235,13 @@ class InsufficientCredit(Failure):
     type = "insufficient_quota"
     code = "INSUFFICIENT_CREDIT"
     message = "The balance does not cover this request."
-    retryable = False
+    retryable: bool | None = False
+
+
+class CreditInFlight(InsufficientCredit):
+    """The balance would do, were it not held by requests in flight: waiting can help."""
+
+    retryable: bool | None = None
 
 
 # 502, 503, 504: our side or the provider's

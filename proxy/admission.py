@@ -1,0 +1,120 @@
+"""[5] The decision to serve: what a request asks for, what it was granted, why it was not.
+
+Pure: translates between asks, the figures of `lease.lua` and the answers clients see.
+"""
+
+from msgspec import Struct
+
+from accounting.contract.errors import (
+    AccountSuspended,
+    ConcurrencyLimited,
+    CreditInFlight,
+    DailyTokensLimited,
+    Failure,
+    InsufficientCredit,
+    InvalidKey,
+    ModelNotAllowed,
+    PlanLimitExceeded,
+    RateLimited,
+    RequestAboveTokenLimit,
+    TokensLimited,
+)
+from accounting.contract.money import format_credits
+
+MINUTE_US = 60_000_000
+
+
+class Hold(Struct, frozen=True):
+    """A lease of one: what is reserved for one request until it is settled."""
+
+    credits_ucr: int
+    tokens: int
+    admitted_at_us: int
+    rate_headers: bytes
+
+
+def refusal(verdict: int, detail_1: int, detail_2: int, credits_ucr: int) -> Failure:
+    """The Failure for a verdict of `lease.lua` (its header lists them)."""
+    if verdict == 1:
+        return InvalidKey("This API key is revoked or expired.")
+    if verdict == 2:
+        return AccountSuspended()
+    if verdict == 3:
+        return ModelNotAllowed(param="model")
+    if verdict in _RATE:
+        return _RATE[verdict](retry_after_seconds=-(-detail_1 // 1_000_000))
+    if verdict == 8:
+        return RequestAboveTokenLimit(
+            f"This request could use {detail_2} tokens, the key's limit is {detail_1}. "
+            "Lower max_tokens or send less.",
+            metadata={"limit_tokens": detail_1, "required_tokens": detail_2},
+        )
+    if verdict == 9:
+        return _capped(detail_1, detail_2, credits_ucr)
+    return _short(detail_1, detail_2, credits_ucr)
+
+
+_RATE = {4: RateLimited, 5: TokensLimited, 6: DailyTokensLimited, 7: ConcurrencyLimited}
+
+
+def _capped(cap: int, used: int, required: int) -> Failure:
+    return PlanLimitExceeded(
+        f"The key's cost cap is {format_credits(cap)} credits, {format_credits(used)} are spent "
+        f"or held, and this request may need {format_credits(required)}.",
+        metadata={
+            "limit_source": "key_cost_cap",
+            "limit_credits": format_credits(cap),
+            "used_credits": format_credits(used),
+            "required_credits": format_credits(required),
+        },
+    )
+
+
+def _short(balance: int, held: int, required: int) -> Failure:
+    """402. Retry-After only where holds in flight, once settled, could make it affordable."""
+    transient = held > 0 and balance >= required
+    affordable = max(0, balance - held)
+    kind = CreditInFlight if transient else InsufficientCredit
+    return kind(
+        f"This request may need {format_credits(required)} credits; {format_credits(affordable)} "
+        f"are affordable now ({format_credits(held)} of {format_credits(balance)} are held by "
+        "requests in flight). Lower max_tokens, send less, or top up.",
+        retry_after_seconds=1 if transient else None,
+        metadata={
+            "limit_source": "in_flight_holds" if transient else "balance",
+            "balance_credits": format_credits(balance),
+            "held_credits": format_credits(held),
+            "required_credits": format_credits(required),
+            "affordable_credits": format_credits(affordable),
+        },
+    )
+
+
+def rate_headers(now: int, rpm: int, tpm: int, requests_tat: int, tokens_tat: int) -> bytes:
+    """`x-ratelimit-*` header lines; nothing for what is unlimited."""
+    if not rpm and not tpm:
+        return b""
+    lines = b""
+    if rpm:
+        lines = _rate_lines(b"requests", rpm, max(0, requests_tat - now))
+    if tpm:
+        lines += _rate_lines(b"tokens", tpm, max(0, tokens_tat - now))
+    return lines
+
+
+def _rate_lines(what: bytes, limit: int, level_us: int) -> bytes:
+    remaining = max(0, (MINUTE_US - level_us) * limit // MINUTE_US)
+    return (
+        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n"
+        % (what, limit, what, remaining, what, duration(level_us))
+    )
+
+
+def duration(length_us: int) -> bytes:
+    """A length of time as rate headers write it: `0s`, `120ms`, `1s`, `6m0s`."""
+    if length_us <= 0:
+        return b"0s"
+    if length_us < 1_000_000:
+        return b"%dms" % -(-length_us // 1000)
+    minutes, seconds = divmod(-(-length_us // 1_000_000), 60)
+    return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds

@@ -1,0 +1,174 @@
+"""The broad lane: every path the fast lane does not serve, through aiohttp's own server.
+
+Serves the model list, and passes `/v1/account/*` and `/v1/usage*` on to the admin API with
+the client's own credential. Every answer closes its connection, so that the next request
+starts at the front door again.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from accounting.contract.catalogue import Model
+from accounting.contract.errors import (
+    BodyTooLarge,
+    Failure,
+    InvalidKey,
+    MethodNotAllowed,
+    NotFound,
+    Unavailable,
+)
+from accounting.contract.keyspace import KeyRecord
+from accounting.contract.settings import Settings
+from proxy.keys import Keys
+from proxy.routing import Routing
+
+_PASSED_ON = ("/v1/account/", "/v1/usage")
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
+_FORWARDED = ("authorization", "content-type", "idempotency-key", "accept")
+_RETURNED = frozenset(
+    {"content-type", "idempotent-replayed", "retry-after", "x-should-retry", "x-request-id",
+     "content-disposition", "allow", "location"}
+)  # fmt: skip
+_BODY_LIMIT = 1_048_576
+_ANSWER_SECONDS = 30.0
+_encode = msgspec.json.Encoder().encode
+Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class AiohttpLane:
+    """Builds a protocol per handed-over connection; owns the client to the admin API."""
+
+    def __init__(self, settings: Settings, keys: Keys, routing: Routing) -> None:
+        self._keys = keys
+        self._routing = routing
+        self._admin = f"http://{settings.admin_listen}"
+        self._server = web.Server(self._answer, access_log=None)
+        self._client: aiohttp.ClientSession | None = None
+        self._created = 0
+
+    def protocol(self) -> asyncio.Protocol:
+        return self._server()
+
+    async def stop(self) -> None:
+        await self._server.shutdown(5.0)
+        if self._client is not None:
+            await self._client.close()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            response = await self._route(request)
+        except Failure as failure:
+            response = _failed(failure)
+        response.force_close()
+        return response
+
+    async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.path
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            return await self._models(request)
+        if path.startswith(_PASSED_ON):
+            return await self._pass_on(request)
+        raise NotFound(f"There is nothing at {request.method} {path[:200]}.")
+
+    # The model list
+
+    async def _models(self, request: web.BaseRequest) -> web.Response:
+        if request.method != "GET":
+            raise MethodNotAllowed("Use GET here.")
+        record = await self._key(request)
+        allowed = record.allowed_models
+        models = self._routing.catalogue.models
+        name = request.path.removeprefix("/v1/models").removeprefix("/")
+        if name:
+            model = self._routing.model(name)
+            return _json(_described(model))
+        shown = [_described(one) for one in models.values() if not allowed or one.name in allowed]
+        return _json({"object": "list", "data": shown})
+
+    async def _key(self, request: web.BaseRequest) -> KeyRecord:
+        """The caller's key record. Raises InvalidKey or Unavailable."""
+        found: asyncio.Future[KeyRecord | Failure] = asyncio.get_running_loop().create_future()
+        header = request.headers.get("authorization")
+        self._keys.find(
+            header.encode("latin-1", "replace") if header else None,
+            lambda outcome: None if found.done() else found.set_result(outcome),
+        )
+        outcome = await found
+        if isinstance(outcome, Failure):
+            raise outcome
+        return outcome
+
+    # The admin API behind
+
+    async def _pass_on(self, request: web.BaseRequest) -> web.Response:
+        if request.method not in _METHODS:
+            raise MethodNotAllowed()
+        if "authorization" not in request.headers:
+            raise InvalidKey()
+        body = await self._body(request)
+        headers = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
+        try:
+            async with self._session().request(
+                request.method,
+                self._admin + request.raw_path,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+            ) as answer:
+                content = await answer.read()
+                kept = {k: v for k, v in answer.headers.items() if k.lower() in _RETURNED}
+                return web.Response(status=answer.status, body=content, headers=kept)
+        except (aiohttp.ClientError, TimeoutError):
+            raise Unavailable("The account API is briefly unavailable.") from None
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        length = request.content_length
+        if length is not None and length > _BODY_LIMIT:
+            raise BodyTooLarge
+        body = b""
+        async for piece in request.content.iter_any():
+            body += piece
+            if len(body) > _BODY_LIMIT:
+                raise BodyTooLarge
+        return body
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._client is None:
+            self._client = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=_ANSWER_SECONDS, connect=2.0),
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return self._client
+
+
+def _described(model: Model) -> dict[str, Any]:
+    """A model as `GET /v1/models` shows it; prices in credits per million tokens."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": model.targets[0].provider.name,
+        "context_tokens": model.context_tokens,
+        "max_output_tokens": model.max_output_tokens,
+        "pricing": {"unit": "credits per million tokens", **model.quoted},
+        "price_version": model.price.version,
+    }
+
+
+def _json(body: object) -> web.Response:
+    return web.Response(body=_encode(body), content_type="application/json")
+
+
+def _failed(failure: Failure) -> web.Response:
+    return web.Response(
+        status=failure.status,
+        body=failure.body(),
+        content_type="application/json",
+        headers=dict(failure.headers()),
+    )

@@ -1,0 +1,190 @@
+"""A memory-mapped record of live exchanges and unacknowledged settles: what a crash leaves.
+
+Owns one file of fixed slots per worker boot. A slot holds an open exchange from admission
+on, with counters updated as chunks pass; then its settle, until Redis has acknowledged it.
+Every write is a store into mapped memory: no system call, and after `kill -9` the page
+cache still has it. `proxy.replay` reads the file of a dead worker.
+
+Slot layout, little-endian, 2048 bytes:
+
+| offset | bytes | what |
+|---|---|---|
+| 0 | 1 | state: 0 free, 1 open, 2 settled |
+| 4 | 4 | batch number of the settle within its shard; 0 = not sent yet |
+| 8 | 8 + 4 + 4 | progress: bytes relayed, blocks relayed, length of the first block |
+| 24 | 2 | length of the opening |
+| 26 | 2 | length of the settle |
+| 32 | 704 | the opening, MessagePack |
+| 736 | 1312 | the settle, MessagePack |
+
+The state byte is written last: each state's bytes are whole before it says so.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from struct import Struct as Layout
+from typing import NamedTuple
+
+SLOT_BYTES = 2048
+FREE, OPEN, SETTLED = 0, 1, 2
+_OPENING_AT, _SETTLE_AT = 32, 736
+_BATCH = Layout("<I")
+_PROGRESS = Layout("<QII")
+_LENGTH = Layout("<H")
+
+
+class JournalFull(Exception):
+    """No slot is free: admission must be refused."""
+
+
+class Entry(NamedTuple):
+    """One used slot as a replay reads it."""
+
+    slot: int
+    state: int
+    batch: int
+    relayed_bytes: int
+    blocks: int
+    first_length: int
+    opening: bytes
+    settle: bytes
+
+
+class Journal:
+    """The journal of one boot; the file is locked for as long as its worker lives."""
+
+    def __init__(self, path: Path, slots: int) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self._descriptor, slots * SLOT_BYTES)
+        self._map = mmap.mmap(self._descriptor, slots * SLOT_BYTES)
+        self._free = list(range((slots - 1) * SLOT_BYTES, -1, -SLOT_BYTES))
+        self._slots = slots
+
+    def __repr__(self) -> str:
+        return f"Journal({self.path.name}, used={self.used})"
+
+    @property
+    def used(self) -> int:
+        return self._slots - len(self._free)
+
+    def reserve(self) -> int:
+        """A free slot, for an exchange about to be admitted. Raises JournalFull."""
+        if not self._free:
+            raise JournalFull
+        return self._free.pop()
+
+    def open(self, slot: int, opening: bytes) -> None:
+        """Record an admitted exchange in its reserved slot."""
+        memory = self._map
+        _BATCH.pack_into(memory, slot + 4, 0)
+        _PROGRESS.pack_into(memory, slot + 8, 0, 0, 0)
+        _LENGTH.pack_into(memory, slot + 24, len(opening))
+        start = slot + _OPENING_AT
+        assert len(opening) <= _SETTLE_AT - _OPENING_AT
+        memory[start : start + len(opening)] = opening
+        memory[slot] = OPEN
+
+    def progress(self, slot: int, relayed_bytes: int, blocks: int, first_length: int) -> None:
+        _PROGRESS.pack_into(self._map, slot + 8, relayed_bytes, blocks, first_length)
+
+    def settle(self, slot: int, settle: bytes) -> None:
+        """The exchange has ended: from here on its settle counts, not its opening."""
+        _write_settle(self._map, slot, settle)
+
+    def batched(self, slot: int, number: int) -> None:
+        """The settle is about to be sent as part of this batch of its shard."""
+        _BATCH.pack_into(self._map, slot + 4, number)
+
+    def free(self, slot: int) -> None:
+        """Redis has the settle, or nothing was admitted: the slot may be used again."""
+        self._map[slot] = FREE
+        self._free.append(slot)
+
+    def close(self, remove: bool) -> None:
+        self._map.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+class OrphanJournal:
+    """A dead worker's journal, locked against a second reader."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.boot = path.stem
+        self._descriptor = descriptor
+        size = os.fstat(descriptor).st_size
+        self._map = mmap.mmap(descriptor, size) if size else None
+
+    def entries(self) -> Iterator[Entry]:
+        memory = self._map
+        if memory is None:
+            return
+        for slot in range(0, len(memory) - SLOT_BYTES + 1, SLOT_BYTES):
+            if memory[slot] in (OPEN, SETTLED):
+                yield _entry(slot, memory[slot : slot + SLOT_BYTES])
+
+    def settle(self, slot: int, settle: bytes, batch: int) -> None:
+        """Note how an entry is about to be settled, before it is: a second replay then
+        sends the same batch under the same number."""
+        assert self._map is not None
+        _BATCH.pack_into(self._map, slot + 4, batch)
+        if self._map[slot] == OPEN:
+            _write_settle(self._map, slot, settle)
+
+    def close(self, remove: bool) -> None:
+        if self._map is not None:
+            self._map.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def _write_settle(memory: mmap.mmap, slot: int, settle: bytes) -> None:
+    assert len(settle) <= SLOT_BYTES - _SETTLE_AT
+    _LENGTH.pack_into(memory, slot + 26, len(settle))
+    start = slot + _SETTLE_AT
+    memory[start : start + len(settle)] = settle
+    memory[slot] = SETTLED
+
+
+def _entry(at: int, slot: bytes) -> Entry:
+    state = slot[0]
+    (batch,) = _BATCH.unpack_from(slot, 4)
+    relayed_bytes, blocks, first_length = _PROGRESS.unpack_from(slot, 8)
+    (opening_length,) = _LENGTH.unpack_from(slot, 24)
+    (settle_length,) = _LENGTH.unpack_from(slot, 26)
+    return Entry(
+        at,
+        state,
+        batch,
+        relayed_bytes,
+        blocks,
+        first_length,
+        slot[_OPENING_AT : _OPENING_AT + opening_length],
+        slot[_SETTLE_AT : _SETTLE_AT + settle_length] if state == SETTLED else b"",
+    )
+
+
+def find_orphans(folder: Path) -> Iterator[OrphanJournal]:
+    """Journals in `folder` whose worker no longer lives, each locked for the caller."""
+    for path in sorted(folder.glob("*.journal")):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        if not path.exists():  # another reader finished with it in between
+            os.close(descriptor)
+            continue
+        yield OrphanJournal(path, descriptor)

@@ -1,0 +1,94 @@
+"""[3] Whom a secret stands for: digest to key record, through a bounded cache.
+
+Owns the cache. A record says who; whether the key may still do anything is decided at
+admission, against the rules in Redis, so a cached record never lets a revoked key pass.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import msgspec
+
+from accounting.contract import keyspace
+from accounting.contract.errors import Failure, InvalidKey, Unavailable
+from accounting.contract.keyspace import KeyRecord
+from proxy.redis_pipe import RedisPipe, pack
+
+OnKey = Callable[[KeyRecord | Failure], None]
+_BEARER = b"bearer "
+_SECRET_LENGTH = 47
+
+
+class Keys:
+    """Key records by digest. At most `entries` are kept, each for `seconds`."""
+
+    def __init__(
+        self, pipe: RedisPipe, entries: int, seconds: float, now: Callable[[], float]
+    ) -> None:
+        self._pipe = pipe
+        self._entries = entries
+        self._seconds = seconds
+        self._now = now
+        self._records: dict[bytes, tuple[float, KeyRecord]] = {}
+        self._asked: dict[bytes, list[OnKey]] = {}
+
+    def __repr__(self) -> str:
+        return f"Keys(records={len(self._records)}, asked={len(self._asked)})"
+
+    def find(self, authorization: bytes | None, on_key: OnKey) -> bytes | None:
+        """Call `on_key` with the record or a Failure, at once when it is cached.
+
+        Returns the digest, to be forgotten when its record proves stale.
+        """
+        if authorization is None or authorization[:7].lower() != _BEARER:
+            on_key(InvalidKey())
+            return None
+        secret = authorization[7:].strip()
+        if len(secret) != _SECRET_LENGTH or not secret.startswith(b"inf_"):
+            on_key(InvalidKey())
+            return None
+        digest = hashlib.sha256(secret).digest()
+        found = self._records.get(digest)
+        if found is not None and found[0] > self._now():
+            on_key(found[1])
+        else:
+            self._ask(digest, on_key)
+        return digest
+
+    def forget(self, digest: bytes) -> None:
+        self._records.pop(digest, None)
+
+    def _ask(self, digest: bytes, on_key: OnKey) -> None:
+        waiting = self._asked.get(digest)
+        if waiting is not None:
+            waiting.append(on_key)
+            return
+        self._asked[digest] = [on_key]
+        command = pack(("GET", keyspace.digest_key(digest.hex())))
+        self._pipe.send(command, lambda reply: self._answered(digest, reply))
+
+    def _answered(self, digest: bytes, reply: object) -> None:
+        if isinstance(reply, bytes):
+            self._tell(digest, self._keep(digest, reply))
+        elif reply is None:  # nobody's key, or a Redis that lost them all
+            command = pack(("EXISTS", keyspace.EPOCH))
+            self._pipe.send(command, lambda filled: self._unknown(digest, filled))
+        else:
+            self._tell(digest, Unavailable())
+
+    def _unknown(self, digest: bytes, filled: object) -> None:
+        self._tell(digest, InvalidKey() if filled == 1 else Unavailable())
+
+    def _keep(self, digest: bytes, packed: bytes) -> KeyRecord | Failure:
+        try:
+            record = keyspace.key_record_decoder.decode(packed)
+        except msgspec.DecodeError:
+            return Unavailable()
+        if len(self._records) >= self._entries:
+            del self._records[next(iter(self._records))]
+        self._records[digest] = (self._now() + self._seconds, record)
+        return record
+
+    def _tell(self, digest: bytes, found: KeyRecord | Failure) -> None:
+        for on_key in self._asked.pop(digest):
+            on_key(found)

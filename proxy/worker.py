@@ -1,0 +1,259 @@
+"""One worker process: builds the hot path, serves on an inherited socket, stops in order.
+
+Started by the supervisor as `python -m proxy.worker ROW SOCKET_FD METRICS_PATH`. SIGTERM
+drains it; SIGHUP makes it read the catalogue again.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import hiredis
+import msgspec
+import uvloop
+
+from accounting.contract import catalogue, keyspace
+from accounting.contract.errors import Unavailable
+from accounting.contract.identifiers import new_id
+from accounting.contract.settings import Settings, load
+from proxy.aiohttp_lane import AiohttpLane
+from proxy.front_door import FrontDoor
+from proxy.journal import Journal, find_orphans
+from proxy.keys import Keys
+from proxy.leases import Leases
+from proxy.metrics import Counters
+from proxy.redis_pipe import RedisDown, RedisPipe
+from proxy.replay import replay
+from proxy.request_ids import RequestIds
+from proxy.routing import Routing
+from proxy.services import Services
+from proxy.settlement import Settlement
+from proxy.upstream import Upstreams
+
+_SWEEP_SECONDS = 0.5
+_DRAIN_LOOK_SECONDS = 0.02
+_SETTLE_WAIT_SECONDS = 10.0
+_HEARTBEATS_KEPT = 15
+_GC_THRESHOLDS = (50_000, 20, 50)
+
+
+def journal_folder(settings: Settings) -> Path:
+    return Path(settings.data_dir) / "journals"
+
+
+def say(event: str, **facts: object) -> None:
+    """One JSON line on stderr per change of state; never a secret, prompt or answer."""
+    line = msgspec.json.encode({"part": "proxy", "pid": os.getpid(), "event": event, **facts})
+    sys.stderr.buffer.write(line + b"\n")
+    sys.stderr.buffer.flush()
+
+
+class Worker:
+    """Composition root of one worker."""
+
+    def __init__(self, settings: Settings, row: int, metrics_path: Path) -> None:
+        self._settings = settings
+        self._boot = new_id("boot")
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._server: asyncio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._journals = journal_folder(settings)
+        self._journals.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._counters = Counters(metrics_path, row)
+        self._pipe = RedisPipe(
+            settings.redis_url.reveal(),
+            settings.redis_timeout_seconds,
+            settings.redis_pending,
+            self._redis_changed,
+        )
+        self.services = self._build()
+
+    def _build(self) -> Services:
+        settings, pipe, now = self._settings, self._pipe, self._loop.time
+        journal = Journal(self._journals / f"{self._boot}.journal", settings.journal_slots)
+        keys = Keys(pipe, settings.key_cache_entries, settings.key_cache_seconds, now)
+        routing = Routing(catalogue.load(settings.catalogue, os.environ, settings.sandbox))
+        return Services(
+            settings=settings,
+            loop=self._loop,
+            now=now,
+            request_ids=RequestIds(),
+            keys=keys,
+            leases=Leases(pipe, self._boot, now),
+            routing=routing,
+            upstreams=Upstreams(
+                settings.upstream_connections,
+                settings.upstream_waiting,
+                settings.upstream_idle_seconds,
+                settings.connect_timeout_seconds,
+            ),
+            journal=journal,
+            settlement=Settlement(
+                pipe,
+                journal,
+                self._boot,
+                settings.settle_interval_seconds,
+                settings.settle_batch,
+                self._settle_refused,
+            ),
+            counters=self._counters,
+            aiohttp_lane=AiohttpLane(settings, keys, routing),
+        )
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until SIGTERM or SIGINT, then drain."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stopping.set)
+        self._loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self._pipe.start()
+        services = self.services
+        self._server = await self._loop.create_server(
+            lambda: FrontDoor(services), sock=listener, backlog=4096
+        )
+        self._tasks = [
+            self._loop.create_task(self._sweep()),
+            self._loop.create_task(self._beat()),
+            self._loop.create_task(self._replay_orphans()),
+        ]
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
+        self._counters.set("tollgate_workers_ready", 1)
+        await self._stopping.wait()
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Accept no more, let answers finish, cut the rest, settle, give back, leave."""
+        services, settings = self.services, self._settings
+        services.draining = True
+        self._counters.set("tollgate_workers_ready", 0)
+        assert self._server is not None
+        self._server.close()
+        for connection in list(services.connections):
+            if connection.idle:
+                connection.close()
+        await self._finished(settings.drain_timeout_seconds)
+        for exchange in list(services.exchanges):
+            exchange.cut(Unavailable("The service is restarting."))
+        for connection in list(services.connections):
+            connection.close()
+        await services.aiohttp_lane.stop()
+        services.upstreams.close()
+        settled = await self._settled()
+        services.leases.release_all()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._retire()
+        await self._pipe.stop()
+        services.journal.close(remove=settled)
+
+    async def _settled(self) -> bool:
+        """False when Redis did not take everything in time: the journal then stays."""
+        try:
+            async with asyncio.timeout(_SETTLE_WAIT_SECONDS):
+                await self.services.settlement.drained()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _retire(self) -> None:
+        try:
+            await self._pipe.command("DEL", keyspace.worker_key(self._boot))
+        except (RedisDown, hiredis.ReplyError):
+            say("heartbeat left to expire")
+
+    async def _finished(self, seconds: float) -> None:
+        """Wait for the exchanges under way, at most so long."""
+        deadline = self._loop.time() + seconds
+        while self.services.exchanges and self._loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+
+    # While serving
+
+    async def _sweep(self) -> None:
+        """Time-outs, idle connections and leases, gauges: about twice a second."""
+        services, counters = self.services, self._counters
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            now = self._loop.time()
+            for connection in list(services.connections):
+                connection.check_time(now)
+            services.upstreams.sweep()
+            services.leases.release_idle()
+            counters.set("tollgate_connections", len(services.connections))
+            counters.set("tollgate_exchanges", len(services.exchanges))
+            counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
+            counters.set("tollgate_journal_slots_used", services.journal.used)
+
+    async def _beat(self) -> None:
+        """Say that this boot lives."""
+        seconds = self._settings.heartbeat_seconds
+        lifetime_ms = int(seconds * _HEARTBEATS_KEPT * 1000)
+        while True:
+            try:
+                await self._pipe.command(
+                    "SET", keyspace.worker_key(self._boot), "1", "PX", lifetime_ms
+                )
+                await asyncio.sleep(seconds)
+            except (RedisDown, hiredis.ReplyError):
+                await asyncio.sleep(seconds / 2)
+
+    async def _replay_orphans(self) -> None:
+        """Settle what dead workers left; look again now and then."""
+        while True:
+            for journal in find_orphans(self._journals):
+                done = False
+                try:
+                    count = await replay(journal, self._pipe)
+                    self._counters.add("tollgate_replayed_settles", count)
+                    say("journal replayed", boot=journal.boot, settles=count)
+                    done = True
+                except (RedisDown, hiredis.ReplyError) as error:
+                    say("journal kept", boot=journal.boot, why=str(error) or "Redis is down")
+                finally:
+                    journal.close(remove=done)
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    def _redis_changed(self, up: bool) -> None:
+        self._counters.set("tollgate_redis_up", int(up))
+        say("redis up" if up else "redis down")
+
+    def _settle_refused(self, why: str) -> None:
+        self._counters.add("tollgate_settle_refusals")
+        say("settle refused", why=why)
+
+    def reload(self) -> None:
+        """SIGHUP: the catalogue anew; a broken one changes nothing."""
+        settings = self._settings
+        try:
+            found = catalogue.load(settings.catalogue, os.environ, settings.sandbox)
+        except catalogue.CatalogueError as error:
+            say("catalogue refused", why=str(error))
+            return
+        self.services.routing.replace(found)
+        say("catalogue loaded", models=len(found.models))
+
+
+async def _main(row: int, listener: socket.socket, metrics_path: Path) -> None:
+    await Worker(load(), row, metrics_path).run(listener)
+
+
+def main(arguments: list[str]) -> int:
+    row, descriptor, metrics_path = int(arguments[0]), int(arguments[1]), Path(arguments[2])
+    listener = socket.socket(fileno=descriptor)
+    try:
+        uvloop.run(_main(row, listener, metrics_path))
+    except (OSError, TimeoutError) as error:
+        say("worker failed", why=str(error) or type(error).__name__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
