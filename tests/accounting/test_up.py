@@ -1,21 +1,19 @@
 """`tollgate up` with stand-ins for its parts and real servers: order, failures, nothing left."""
 
 import json
-import os
 import signal
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
-import psutil
 import pytest
 
-from tests.waiting import eventually_blocking, free_port
+from tests.stack import Stack
+from tests.waiting import eventually_blocking
 
-ROOT = Path(__file__).resolve().parents[2]
 PART = Path(__file__).with_name("stand_in_part.py")
 PROGRAM = """
 import json, sys
@@ -30,75 +28,13 @@ sys.exit(up.main(["up", *sys.argv[3:]], up_parts.Commands(**commands)))
 """
 
 
-class Stack:
-    """`tollgate up` in a process of its own, on free ports and a data directory of its own."""
+class StackOfStandIns(Stack):
+    """With stand-ins for the parts, which note what happens to them in the data directory."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("TOLLGATE_")},
-            "TOLLGATE_DATA_DIR": str(data_dir),
-            "TOLLGATE_LISTEN": "127.0.0.1:0",
-            "TOLLGATE_ADMIN_LISTEN": "127.0.0.1:0",
-            "TOLLGATE_PRIVATE_LISTEN": "127.0.0.1:0",
-            "TOLLGATE_CATALOGUE": str(data_dir.parent / "catalogue.toml"),
-        }
-        self.sandbox_port = free_port()
-        (data_dir.parent / "catalogue.toml").write_text(
-            f"""
-            [providers.sandbox]
-            base_url = "http://127.0.0.1:{self.sandbox_port}/v1"
-            sandbox = true
-            [providers.other]
-            base_url = "http://127.0.0.1:1/v1"
-            [models.real]
-            targets = ["other/real"]
-            context_tokens = 1000
-            max_output_tokens = 100
-            price = {{ input = "1", output = "1" }}
-            [models.sandbox-small]
-            targets = ["sandbox/small"]
-            context_tokens = 1000
-            max_output_tokens = 100
-            price = {{ input = "1", output = "1" }}
-            """
-        )
-        self.processes: list[psutil.Process] = []
-        self._process: subprocess.Popen[str] | None = None
-        self.output = ""
-
-    def start(self, *options: str, **behaviours: str) -> "Stack":
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(PART), json.dumps(behaviours), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=self.env,
-        )
+    def start(self, *options: str, **behaviours: str) -> Self:
+        self._command = (sys.executable, "-c", PROGRAM, str(PART), json.dumps(behaviours))
+        super().start(*options)
         return self
-
-    def until(self, words: str) -> "Stack":
-        """Read its output up to a line with these words, and take stock of its processes."""
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            self.output += line
-            if words in line:
-                self.processes = psutil.Process(self._process.pid).children(recursive=True)
-                return self
-        raise AssertionError(f"it never said {words!r}, but:\n{self.output}")
-
-    def signal(self, number: int) -> "Stack":
-        assert self._process is not None
-        self._process.send_signal(number)
-        return self
-
-    def ended(self) -> int:
-        """Its exit status; what it said until then is in `output`."""
-        assert self._process is not None
-        self.output += self._process.communicate(timeout=60)[0]
-        return self._process.returncode
 
     def stops(self) -> list[str]:
         return (self.data_dir / "stops").read_text().split()
@@ -106,23 +42,16 @@ class Stack:
     def calls(self) -> list[list[object]]:
         return [json.loads(line) for line in (self.data_dir / "calls").read_text().splitlines()]
 
-    def leftovers(self) -> list[str]:
-        alive = (process for process in self.processes if process.is_running())
-        return [str(process) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
-    def close(self) -> None:
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.terminate()
-            self._process.communicate(timeout=60)
+New = Callable[[], StackOfStandIns]
 
 
 @pytest.fixture
-def new_stack(tmp_path: Path) -> Iterator[Callable[[], Stack]]:
-    stacks: list[Stack] = []
+def new_stack(tmp_path: Path) -> Iterator[New]:
+    stacks: list[StackOfStandIns] = []
 
-    def new() -> Stack:
-        stacks.append(Stack(tmp_path / "data"))
+    def new() -> StackOfStandIns:
+        stacks.append(StackOfStandIns(tmp_path / "data"))
         return stacks[-1]
 
     yield new
@@ -131,10 +60,8 @@ def new_stack(tmp_path: Path) -> Iterator[Callable[[], Stack]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_everything_starts_and_stops_in_order(
-    new_stack: Callable[[], Stack], number: signal.Signals
-) -> None:
-    stack = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+def test_everything_starts_and_stops_in_order(new_stack: New, number: signal.Signals) -> None:
+    stack = new_stack().start("--sandbox").until_ready()
     assert len(stack.processes) >= 6
     assert stack.signal(number).ended() == 0
     assert stack.stops() == ["proxy", "admin_api", "accounting", "sandbox"]
@@ -144,16 +71,16 @@ def test_everything_starts_and_stops_in_order(
     assert stack.leftovers() == []
 
 
-def test_without_a_sandbox_none_is_started(new_stack: Callable[[], Stack]) -> None:
-    stack = new_stack().start().until("Ctrl-C stops everything")
+def test_without_a_sandbox_none_is_started(new_stack: New) -> None:
+    stack = new_stack().start().until_ready()
     assert "started sandbox" not in stack.output
     assert '"model": "real"' in stack.output
     assert stack.signal(signal.SIGTERM).ended() == 0
     assert stack.stops() == ["proxy", "admin_api", "accounting"]
 
 
-def test_a_second_start_keeps_workspace_and_key(new_stack: Callable[[], Stack]) -> None:
-    first = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+def test_a_second_start_keeps_workspace_and_key(new_stack: New) -> None:
+    first = new_stack().start("--sandbox").until_ready()
     assert first.signal(signal.SIGTERM).ended() == 0
     demo = json.loads((first.data_dir / "demo.json").read_text())
     assert demo["key_secret"] in first.output
@@ -164,7 +91,7 @@ def test_a_second_start_keeps_workspace_and_key(new_stack: Callable[[], Stack]) 
     ]
     assert first.calls()[1][2] == {"kind": "trial", "amount_usd": "20"}
 
-    second = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+    second = new_stack().start("--sandbox").until_ready()
     assert second.signal(signal.SIGTERM).ended() == 0
     assert demo["key_secret"] in second.output
     assert json.loads((first.data_dir / "demo.json").read_text()) == demo
@@ -172,21 +99,21 @@ def test_a_second_start_keeps_workspace_and_key(new_stack: Callable[[], Stack]) 
 
 
 def test_a_revoked_demo_key_is_replaced_and_nothing_granted_again(
-    new_stack: Callable[[], Stack],
+    new_stack: New,
 ) -> None:
     stack = new_stack()
     stack.data_dir.mkdir()
     remembered = {"workspace_id": "ws_1", "granted": True, "key_secret": "inf_revoked"}
     (stack.data_dir / "demo.json").write_text(json.dumps(remembered))
-    stack.start("--sandbox").until("Ctrl-C stops everything")
+    stack.start("--sandbox").until_ready()
     assert [call[1] for call in stack.calls() if call[0] == "POST"] == [
         "/v1/admin/workspaces/ws_1/keys"
     ]
     assert "inf_revoked" not in stack.output
 
 
-def test_secrets_and_logs_are_private(new_stack: Callable[[], Stack]) -> None:
-    stack = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+def test_secrets_and_logs_are_private(new_stack: New) -> None:
+    stack = new_stack().start("--sandbox").until_ready()
     files = [path for path in stack.data_dir.iterdir() if path.is_file()]
     secret = {path.name for path in files if stat.S_IMODE(path.stat().st_mode) == 0o600}
     assert {"operator_token", "demo.json", "redis.password", "postgres.password"} <= secret
@@ -195,9 +122,7 @@ def test_secrets_and_logs_are_private(new_stack: Callable[[], Stack]) -> None:
 
 
 @pytest.mark.parametrize("role", ["migrate", "sandbox", "accounting", "admin_api", "proxy"])
-def test_a_part_that_cannot_start_is_named_with_its_reason(
-    new_stack: Callable[[], Stack], role: str
-) -> None:
+def test_a_part_that_cannot_start_is_named_with_its_reason(new_stack: New, role: str) -> None:
     stack = new_stack().start("--sandbox", **{role: "fails"})
     assert stack.ended() == 1
     complaints = [line for line in stack.output.splitlines() if line.startswith("tollgate: ")]
@@ -207,8 +132,8 @@ def test_a_part_that_cannot_start_is_named_with_its_reason(
     assert "stopping Redis … done" in stack.output
 
 
-def test_a_part_that_dies_later_ends_everything(new_stack: Callable[[], Stack]) -> None:
-    stack = new_stack().start("--sandbox", accounting="dies").until("Ctrl-C stops everything")
+def test_a_part_that_dies_later_ends_everything(new_stack: New) -> None:
+    stack = new_stack().start("--sandbox", accounting="dies").until_ready()
     (stack.data_dir / "die").touch()
     assert stack.ended() == 1
     assert "tollgate: accounting ended with status 4: something broke" in stack.output
@@ -217,31 +142,31 @@ def test_a_part_that_dies_later_ends_everything(new_stack: Callable[[], Stack]) 
 
 
 def test_a_part_that_will_not_stop_is_killed_and_the_rest_stops_in_order(
-    new_stack: Callable[[], Stack],
+    new_stack: New,
 ) -> None:
-    stack = new_stack().start("--sandbox", admin_api="stubborn").until("Ctrl-C stops everything")
+    stack = new_stack().start("--sandbox", admin_api="stubborn").until_ready()
     assert stack.signal(signal.SIGTERM).ended() == 0
     assert "stopping admin_api … did not end in time, killed" in stack.output
     assert stack.stops() == ["proxy", "accounting", "sandbox"]
     assert stack.leftovers() == []
 
 
-def test_a_stop_during_the_start_is_obeyed(new_stack: Callable[[], Stack]) -> None:
+def test_a_stop_during_the_start_is_obeyed(new_stack: New) -> None:
     stack = new_stack().start("--sandbox").until("started Redis").signal(signal.SIGTERM)
     assert stack.ended() == 0
     assert "stopping Redis … done" in stack.output
     assert "is ready" not in stack.output
 
 
-def test_nothing_outlives_a_kill(new_stack: Callable[[], Stack]) -> None:
-    stack = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+def test_nothing_outlives_a_kill(new_stack: New) -> None:
+    stack = new_stack().start("--sandbox").until_ready()
     assert stack.signal(signal.SIGKILL).ended() == -signal.SIGKILL
     eventually_blocking(lambda: stack.leftovers() == [], timeout_seconds=15)
-    assert new_stack().start("--sandbox").until("Ctrl-C stops everything")
+    assert new_stack().start("--sandbox").until_ready()
 
 
 @pytest.mark.parametrize("variable", ["LISTEN", "ADMIN_LISTEN", "PRIVATE_LISTEN"])
-def test_a_port_in_use_is_named(new_stack: Callable[[], Stack], variable: str) -> None:
+def test_a_port_in_use_is_named(new_stack: New, variable: str) -> None:
     stack = new_stack()
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         address = f"127.0.0.1:{squatter.getsockname()[1]}"
@@ -251,15 +176,15 @@ def test_a_port_in_use_is_named(new_stack: Callable[[], Stack], variable: str) -
     assert stack.output == f"tollgate: TOLLGATE_{variable}: {reason}\n"
 
 
-def test_the_sandbox_port_in_use_is_named(new_stack: Callable[[], Stack]) -> None:
+def test_the_sandbox_port_in_use_is_named(new_stack: New) -> None:
     stack = new_stack()
     with socket.create_server(("127.0.0.1", stack.sandbox_port)):
         assert stack.start("--sandbox").ended() == 1
     assert stack.output.startswith("tollgate: the catalogue's sandbox provider: cannot listen on")
 
 
-def test_a_second_stack_on_the_same_data_is_refused(new_stack: Callable[[], Stack]) -> None:
-    first = new_stack().start("--sandbox").until("Ctrl-C stops everything")
+def test_a_second_stack_on_the_same_data_is_refused(new_stack: New) -> None:
+    first = new_stack().start("--sandbox").until_ready()
     second = new_stack().start()
     assert second.ended() == 1
     assert "redis is in use: is another tollgate running there?" in second.output
@@ -279,7 +204,7 @@ def test_a_second_stack_on_the_same_data_is_refused(new_stack: Callable[[], Stac
     ],
 )
 def test_a_bad_setting_is_one_line(
-    new_stack: Callable[[], Stack], variable: str, value: str, complaint: str
+    new_stack: New, variable: str, value: str, complaint: str
 ) -> None:
     stack = new_stack()
     stack.env[variable] = value
