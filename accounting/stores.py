@@ -17,10 +17,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from accounting.contract.errors import Unavailable
-from accounting.contract.settings import Settings
+from accounting.contract.settings import Secret, Settings
 
 _CONNECT_SECONDS = 5.0
-_OUTAGES = (
+OUTAGES = (
     OSError,  # TimeoutError is one
     asyncpg.InterfaceError,
     asyncpg.PostgresConnectionError,
@@ -50,7 +50,9 @@ def guarded(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await function(*args, **kwargs)
-        except _OUTAGES as error:
+        except OUTAGES as error:
+            if isinstance(error, ValueError):  # asyncpg's complaint of an unfit argument
+                raise
             raise Unavailable from error
 
     return call
@@ -58,7 +60,7 @@ def guarded(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 async def open_postgres(settings: Settings) -> asyncpg.Pool:
     """A pool on a reachable, migrated database. Raises StoreError."""
-    url = settings.database_url.reveal()
+    url = _url(settings.database_url, "TOLLGATE_DATABASE_URL")
     try:
         pool = await asyncpg.create_pool(
             url,
@@ -67,7 +69,7 @@ async def open_postgres(settings: Settings) -> asyncpg.Pool:
             timeout=min(_CONNECT_SECONDS, settings.database_timeout_seconds),
             command_timeout=settings.database_timeout_seconds,
         )
-    except (*_OUTAGES, asyncpg.PostgresError, ValueError) as error:
+    except (*OUTAGES, asyncpg.PostgresError, ValueError) as error:
         raise StoreError(f"cannot reach Postgres{_where(url)}: {_why(error)}") from None
     if await pool.fetchval("select to_regclass('workspaces') is null"):
         await pool.close()
@@ -80,7 +82,7 @@ async def open_redis(settings: Settings) -> Redis:
 
     One repeat at once, for a connection that went stale: every script may run twice.
     """
-    url = settings.redis_url.reveal()
+    url = _url(settings.redis_url, "TOLLGATE_REDIS_URL")
     try:
         client = Redis.from_url(
             url,
@@ -96,6 +98,12 @@ async def open_redis(settings: Settings) -> Redis:
         await client.aclose()
         raise StoreError(f"cannot reach Redis{_where(url)}: {_why(error)}") from None
     return client
+
+
+def _url(setting: Secret, variable: str) -> str:
+    if not setting:
+        raise StoreError(f"{variable} is not set")
+    return setting.reveal()
 
 
 def _where(url: str) -> str:

@@ -23,6 +23,8 @@ from accounting.contract.identifiers import new_id
 from accounting.stores import guarded
 
 _COLUMNS = "id, name, email, kind, tier, state, created_at"
+_FUNDED = "select exists (select from redis_deltas where workspace_id = $1)"
+_LOST = "Balances are being restored."
 _wallet_decoder = msgspec.msgpack.Decoder(keyspace.Wallet)
 
 
@@ -94,7 +96,7 @@ async def balance(redis: Redis, workspace_id: str) -> Balance:
         redis.hget(keyspace.workspace_key(workspace_id), "w"), redis.exists(keyspace.EPOCH)
     )
     if packed is None or not filled:
-        raise Unavailable("Balances are being restored.")
+        raise Unavailable(_LOST)
     assert isinstance(packed, bytes)  # the client does not decode
     wallet = _wallet_decoder.decode(packed)
     return Balance(wallet.balance, wallet.held)
@@ -119,9 +121,11 @@ async def _set_state(pool: asyncpg.Pool, redis: Redis, workspace_id: str, state:
 
 @guarded
 async def publish(pool: asyncpg.Pool, redis: Redis, workspace_id: str) -> Workspace:
-    """Copy the state to Redis, where a wallet appears if there is none; any number of times.
+    """Copy the state to Redis, any number of times; a workspace new there gets its wallet.
 
-    Raises NotFound, Unavailable.
+    A wallet that has had money and is not there was lost, and only a rebuild can tell its
+    balance: an empty one in its place would be filled with all that was ever granted. Raises
+    NotFound, Unavailable.
     """
     async with pool.acquire() as connection, connection.transaction():
         workspace = _workspace(
@@ -131,6 +135,8 @@ async def publish(pool: asyncpg.Pool, redis: Redis, workspace_id: str) -> Worksp
             )
         )
         key = keyspace.workspace_key(workspace_id)
+        if not await redis.hexists(key, "w") and await connection.fetchval(_FUNDED, workspace_id):
+            raise Unavailable(_LOST)
         await scripts.call(redis, "put_workspace", [key], [workspace.state])
     return workspace
 

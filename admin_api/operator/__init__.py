@@ -1,0 +1,1 @@
+"""What the operator may do: `/v1/admin`, with the operator's token."""
