@@ -32,7 +32,12 @@ local boot, key_id, workspace_id = ARGV[1], ARGV[2], ARGV[3]
 local message = cmsgpack.unpack(ARGV[4])
 local version, mine, asks = whole(message[1]), message[2], message[3]
 whole(mine[1]); whole(mine[2]); whole(mine[3])
-for _, ask in ipairs(asks) do whole(ask[1]); whole(ask[2]); whole(ask[3]) end
+local asked = 0
+for _, ask in pairs(asks) do
+  whole(ask[1]); whole(ask[2]); whole(ask[3])
+  asked = asked + 1
+end
+if asked ~= #asks then error('lease: expected a list of asks') end
 
 local lease_field = 'l:' .. boot .. ':' .. key_id
 local found = redis.call('HMGET', KEYS[1], 'w', 'k:' .. key_id, 'c:' .. key_id, lease_field)
@@ -59,7 +64,9 @@ held_tokens = held_tokens - l[2] + mine[2]
 open = open - l[3] + mine[3]
 l[1], l[2], l[3] = mine[1], mine[2], mine[3]
 
+-- A request fills its bucket by one gap; a full bucket holds exactly rpm requests.
 local request_gap = rpm > 0 and math.ceil(MINUTE / rpm) or 0
+local request_room = rpm * request_gap
 
 local function level(tat) return tat > now and tat - now or 0 end
 
@@ -67,8 +74,8 @@ local function refusal(credits, tokens, model_allowed)
   if state ~= 1 or (expires > 0 and now >= expires) then return 1, 0, 0 end
   if w[3] ~= 1 then return 2, 0, 0 end
   if model_allowed ~= 1 then return 3, 0, 0 end
-  if rpm > 0 and level(requests_tat) + request_gap > math.max(MINUTE, request_gap) then
-    return 4, level(requests_tat) + request_gap - math.max(MINUTE, request_gap), 0
+  if rpm > 0 and level(requests_tat) + request_gap > request_room then
+    return 4, level(requests_tat) + request_gap - request_room, 0
   end
   if tpm > 0 then
     if tokens > tpm then return 8, tpm, tokens end
