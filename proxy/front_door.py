@@ -12,7 +12,7 @@ of the fast lane hands the transport over to aiohttp, with every byte not yet co
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
@@ -137,9 +137,8 @@ class FrontDoor(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         services = self._services
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)
         self._since = services.now()
         transport.set_write_buffer_limits(high=services.settings.write_buffer_bytes)
         services.connections.add(self)

@@ -115,15 +115,20 @@ class RedisPipe(asyncio.Protocol):
                 await self._loop.create_connection(
                     lambda: self, url.hostname or "127.0.0.1", url.port or 6379, ssl=context
                 )
-        self.up = True
-        try:
             await self._greet()
-        except (RedisDown, hiredis.ReplyError) as error:
-            self._drop()
-            raise ConnectionError(f"Redis refused the greeting: {error}") from None
         self._on_change(True)
 
     async def _greet(self) -> None:
+        self.up = True
+        try:
+            await self._introduce()
+        except (RedisDown, hiredis.ReplyError, asyncio.CancelledError) as error:
+            self._drop()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise ConnectionError(f"Redis refused the greeting: {error}") from None
+
+    async def _introduce(self) -> None:
         url = self._url
         if url.password:
             name = [unquote(url.username)] if url.username else []
@@ -176,8 +181,7 @@ class RedisPipe(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         reader = self._reader

@@ -42,7 +42,7 @@ class ChatHead(Struct):
     n: _Choices | None = None
     modalities: list[str] | None = None
     service_tier: str | None = None
-    web_search_options: Raw | None = None
+    web_search_options: Raw = Raw()
 
     @property
     def wants_usage(self) -> bool:
@@ -70,7 +70,7 @@ def parse(body: bytes) -> ChatHead:
         raise InvalidJson() from None
     if bytes(head.messages)[:1] != b"[":
         raise InvalidRequest("`messages` must be a list.", param="messages")
-    if head.web_search_options is not None and bytes(head.web_search_options) != b"null":
+    if bytes(head.web_search_options) not in (b"", b"null"):
         raise UnboundedCost("Searches have no price here.", param="web_search_options")
     if head.service_tier not in (None, "auto", "default", "flex"):
         raise UnboundedCost("Only the default service tier is priced.", param="service_tier")

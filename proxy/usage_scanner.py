@@ -43,7 +43,7 @@ class ProviderUsage(Struct):
 
 
 class _Usage(Struct):
-    usage: Raw | None = None
+    usage: Raw = Raw()
 
 
 class _Chunk(Struct):
@@ -51,8 +51,8 @@ class _Chunk(Struct):
     created: Any = None
     model: Any = None
     choices: list[Raw] | None = None
-    usage: Raw | None = None
-    error: Raw | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
 
 
 class _Error(Struct):
@@ -120,9 +120,7 @@ def read_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
         found = _answers.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None, False
-    if found.usage is None:
-        return None, True
-    return token_usage(bytes(found.usage)), True
+    return (token_usage(bytes(found.usage)) if _present(found.usage) else None), True
 
 
 class StreamScanner:
@@ -208,12 +206,12 @@ class StreamScanner:
         if chunk is None:
             return event
         if _present(chunk.error):
-            self.failed = _error_text(bytes(chunk.error or b""))
+            self.failed = _error_text(bytes(chunk.error))
             self._read_usage(event)
             return b""
         if not _present(chunk.usage):
             return event
-        self._note_usage(bytes(chunk.usage or b""))
+        self._note_usage(bytes(chunk.usage))
         if self.chunk_head is None:
             self.chunk_head = chunk
         return _without_usage(event) if chunk.choices else b""
@@ -221,7 +219,7 @@ class StreamScanner:
     def _read_usage(self, event: bytes) -> None:
         chunk = _decode(event_data(event))
         if chunk is not None and _present(chunk.usage):
-            self._note_usage(bytes(chunk.usage or b""))
+            self._note_usage(bytes(chunk.usage))
 
     def _note_usage(self, raw: bytes) -> None:
         usage = token_usage(raw)
@@ -230,8 +228,8 @@ class StreamScanner:
             self.usage_raw = raw.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def _present(raw: Raw | None) -> bool:
-    return raw is not None and bytes(raw) not in (b"null", b"", b"false", b"{}")
+def _present(raw: Raw) -> bool:
+    return bytes(raw) not in (b"null", b"", b"false", b"{}")
 
 
 def _decode(data: bytes | None) -> _Chunk | None:
