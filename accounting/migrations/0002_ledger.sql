@@ -60,12 +60,12 @@ create table grants (
     expires_at timestamptz,  -- exclusive: spendable while now < expires_at
     parent_id text unique references grants,  -- what this one restores, once
     source_ref text not null unique,
-    check (consumed_ucr + forfeited_ucr + refunded_ucr <= amount_ucr)
+    remaining_ucr bigint not null
+        generated always as (amount_ucr - consumed_ucr - forfeited_ucr - refunded_ucr) stored
+        check (remaining_ucr >= 0)
 );
-create index grants_to_burn on grants (workspace_id)
-    where consumed_ucr + forfeited_ucr + refunded_ucr < amount_ucr;
-create index grants_to_expire on grants (expires_at)
-    where consumed_ucr + forfeited_ucr + refunded_ucr < amount_ucr and expires_at is not null;
+create index grants_to_burn on grants (workspace_id) where remaining_ucr > 0;
+create index grants_to_expire on grants (expires_at) where remaining_ucr > 0;
 create index grants_of_workspace on grants (workspace_id, id);
 
 -- codes: 1 fund, 2 tax, 10 usage, 11 usage reversed, 12 usage beyond the wallet (receivable),
