@@ -11,7 +11,7 @@ import pytest
 from benchmarks import report, wrk
 from benchmarks.load import LoadResult, target_for
 from benchmarks.load_connection import Latencies
-from benchmarks.processes import nginx_path
+from benchmarks.processes import free_port, is_answering, nginx_path
 from benchmarks.scenarios import SCENARIOS, Measurement, Plan, Subject, chat_body
 
 
@@ -89,3 +89,53 @@ async def test_a_short_run_of_everything(tmp_path):
         assert [subject["subject"] for subject in run["subjects"]] == expected
         assert all(subject["errors"] == 0 for subject in run["subjects"])
         assert all(subject["units_per_second"]["median"] > 0 for subject in run["subjects"])
+
+
+async def test_a_gateway_is_started_measured_and_its_parts_counted_apart(tmp_path):
+    port = free_port()
+    command = f"{sys.executable} -m benchmarks.provider --listen 127.0.0.1:{port} --workers 2"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks", "burst", "--repetitions", "1", "--seconds", "0.1"),
+        *("--warmup", "0", "--concurrency", "2", "--no-direct", "--no-nginx"),
+        *("--gateway-name", "ours", "--gateway-url", f"http://127.0.0.1:{port}/v1"),
+        *("--gateway-command", command, "--gateway-environment", "UPSTREAM={provider}"),
+        *("--also", "worker=--workers 2", "--results", str(tmp_path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(60):
+        output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    (saved,) = (json.loads(path.read_bytes()) for path in tmp_path.iterdir())
+    (ours,) = saved["subjects"]
+    assert ours["subject"] == "ours"
+    assert set(ours["cpu_us_per_unit"]) == {"ours", "worker", "provider", "load"}
+    assert ours["cpu_us_per_unit"]["worker"]["median"] > 0
+    assert not is_answering(f"http://127.0.0.1:{port}/v1/models")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "invalid choice"),
+        (["rate", "--gateway-url", "http://127.0.0.1:9/v1"], "--gateway-pid"),
+        (
+            [
+                *("rate", "--no-direct", "--no-nginx", "--gateway-url", "http://127.0.0.1:9/v1"),
+                *("--gateway-command", "false"),
+            ],
+            "does not answer",
+        ),
+    ],
+)
+async def test_what_cannot_run_says_so_in_one_line(arguments, words):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(30):
+        output = (await process.communicate())[0].decode()
+    assert process.returncode != 0
+    assert words in output
+    assert "Traceback" not in output
