@@ -207,12 +207,12 @@ class Load:
     async def _arrive(self, rate: float) -> None:
         """Open loop: hand out or queue each request when it is due."""
         began, sent = time.monotonic_ns(), 0
-        while True:
+        while self._left_to_send != 0:
             now = time.monotonic_ns()
-            while (due := began + int(sent * 1e9 / rate)) <= now:
+            while (due := began + int(sent * 1e9 / rate)) <= now and self._left_to_send != 0:
                 sent += 1
                 if self._idle:
-                    self._idle.popleft().ask(due)
+                    self._send(self._idle.popleft(), due)
                 elif len(self._backlog) < MAX_BACKLOG:
                     self._backlog.append(due)
                 else:
@@ -229,11 +229,15 @@ class Load:
         if self._stopping or self._left_to_send == 0:
             connection.transport.close()
         elif self._rate is None or self._backlog:
-            if self._left_to_send is not None:
-                self._left_to_send -= 1
-            connection.ask(self._backlog.popleft() if self._backlog else time.monotonic_ns())
+            due = self._backlog.popleft() if self._backlog else time.monotonic_ns()
+            self._send(connection, due)
         else:
             self._idle.append(connection)
+
+    def _send(self, connection: ClientConnection, due: int) -> None:
+        if self._left_to_send is not None:
+            self._left_to_send -= 1
+        connection.ask(due)
 
     def ended(self, error: str | None) -> None:
         """A request has its whole answer, or has failed."""

@@ -23,7 +23,7 @@ BURST_CHUNKS = 200
 STREAM_MAX_TOKENS = 16_000
 # No divisor of the cadence, so that streams opened evenly are spread over its phases.
 OPENING_MS_PER_STREAM = 2.474
-MARGIN_SECONDS = 1.0
+MARGIN_SECONDS = 0.5
 
 
 class Subject(msgspec.Struct, frozen=True):

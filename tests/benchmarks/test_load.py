@@ -64,10 +64,10 @@ async def test_duration_measures_a_window_and_lets_streams_end(provider):
 
 async def test_open_loop_counts_from_when_a_request_was_due(provider):
     slow = target(provider, "delay_ms=10")
-    result = await run_plain(slow, concurrency=1, duration_seconds=0.2, rate_per_second=1000)
-    assert result.requests > 1
-    # One connection serves at most 100/s of the 1,000/s due: most of the wait is queueing.
-    assert result.latency_ms.max > 2 * 10
+    result = await run_plain(slow, concurrency=1, count=5, rate_per_second=1000)
+    assert (result.requests, provider.served, result.errors) == (5, 5, {})
+    # All five are due within 4 ms and one connection serves them: the last waits for four.
+    assert result.latency_ms.max > 4 * 10
 
 
 @pytest.mark.parametrize(
