@@ -39,7 +39,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One HTTP/1.1 client connection, serving one user at a time."""
 
     __slots__ = (
-        "_complete", "_headers", "_parser", "_pieces", "_pool", "_status", "_transport",
+        "_complete", "_headers", "_keep", "_parser", "_pieces", "_pool", "_status", "_transport",
         "_until_close", "heard", "idle_since", "releasing", "reused", "user",
     )  # fmt: skip
 
@@ -60,6 +60,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[bytes] = []
         self._complete = False
+        self._keep = False
         self._until_close = False
         self.heard = False
         self.releasing = False
@@ -156,9 +157,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _finish(self) -> None:
         """The answer has ended: back to the pool, or closed if it may not be kept."""
-        keep = self._parser.should_keep_alive() and not self._until_close
         self.user = None
-        if keep and self.usable:
+        if self._keep and self.usable:
             self._reset()
             self.reused = True
             self._pool.put_back(self)
@@ -188,6 +188,7 @@ class UpstreamConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._status and not self._until_close:
             self._complete = True
+            self._keep = self._parser.should_keep_alive()
 
 
 class ProviderPool:
