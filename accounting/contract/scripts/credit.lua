@@ -8,10 +8,13 @@
 -- Invariant: deltas apply in order and once; a balance stays within what a double holds.
 
 local MAX = 9000000000000000
-local delta, amount = tonumber(ARGV[1]), tonumber(ARGV[2])
-if not delta or not amount or delta < 1 or delta ~= math.floor(delta)
-    or amount ~= math.floor(amount) or math.abs(amount) > MAX then
+-- Digits only: beyond 2^52 a double has no room for a fraction, so it could not be told.
+if not string.match(ARGV[1], '^%d+$') or not string.match(ARGV[2], '^-?%d+$') then
   error('credit: expected whole numbers')
+end
+local delta, amount = tonumber(ARGV[1]), tonumber(ARGV[2])
+if delta < 1 or delta > MAX or math.abs(amount) > MAX then
+  error('credit: out of range')
 end
 local packed = redis.call('HGET', KEYS[1], 'w')
 if not packed then return {-2, 0} end

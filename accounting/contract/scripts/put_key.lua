@@ -9,7 +9,8 @@
 
 local rules = cmsgpack.unpack(ARGV[2])
 if type(rules) ~= 'table' or #rules ~= 8 then error('put_key: expected eight figures') end
-for i, x in ipairs(rules) do
+for i = 1, 8 do
+  local x = rules[i]
   if type(x) ~= 'number' or x ~= math.floor(x) or x > 9000000000000000
       or x < (i == 8 and -1 or 0) then
     error('put_key: expected whole numbers')
@@ -18,5 +19,5 @@ end
 local field = 'k:' .. ARGV[1]
 local packed = redis.call('HGET', KEYS[1], field)
 if packed and cmsgpack.unpack(packed)[1] > rules[1] then return 0 end
-redis.call('HSET', KEYS[1], field, ARGV[2])
+redis.call('HSET', KEYS[1], field, cmsgpack.pack(rules))
 return 1
