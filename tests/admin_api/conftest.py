@@ -1,5 +1,6 @@
 """A running admin API on real stores, and a caller who speaks HTTP to it."""
 
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -62,7 +63,9 @@ class Api:
         sent = dict(headers or {})
         if token is not None:
             sent["Authorization"] = f"Bearer {token}"
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        data = None
+        if body is not None:
+            data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
         url = f"http://127.0.0.1:{self.port}{path}"
         async with self._session.request(method, url, data=data, headers=sent) as response:
             return Answer(response, await response.read())
