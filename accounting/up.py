@@ -229,6 +229,7 @@ class Stack:
             self._operator_token,
             self._data_dir / "demo.json",
             self._settings.trial_usd,
+            self._watch,
         )
         say(
             up_demo.introduction(

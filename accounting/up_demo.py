@@ -6,6 +6,8 @@ starts, and the text printed when everything runs. Talks to the operator API lik
 
 import http.client
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from accounting.embedded_files import write_private
 from accounting.up_parts import StartError
 
 _TIMEOUT_SECONDS = 15.0
+_READY_TIMEOUT_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 
 
 class Demo(msgspec.Struct):
@@ -61,10 +65,14 @@ class _Door:
         return answer
 
 
-def prepare(admin: Address, operator_token: str, path: Path, trial_usd: str) -> Demo:
+def prepare(
+    admin: Address, operator_token: str, path: Path, trial_usd: str, watch: Callable[[], None]
+) -> Demo:
     """The demo of the last start as far as it still exists, completed where it does not.
 
     Written down after every step, so that an interrupted start is continued by the next.
+    Returns when its balance can be read, so when a request would be served; `watch` is called
+    while waiting for that, and may raise. Raises StartError.
     """
     door = _Door(admin)
     demo = _remembered(path)
@@ -83,6 +91,12 @@ def prepare(admin: Address, operator_token: str, path: Path, trial_usd: str) -> 
         key = door.create(f"{here}/keys", operator_token, {"name": "demo"})
         demo.key_id, demo.key_secret = key["key_id"], key["key_secret"]
         _remember(path, demo)
+    deadline = time.monotonic() + _READY_TIMEOUT_SECONDS
+    while (balance := door.call("GET", "/v1/account/balance", demo.key_secret))[0] != 200:
+        watch()
+        if time.monotonic() > deadline:
+            raise StartError(f"the demo workspace: its balance: {balance[0]} {balance[1]}")
+        time.sleep(_POLL_SECONDS)
     return demo
 
 

@@ -88,6 +88,7 @@ def test_a_second_start_keeps_workspace_and_key(new_stack: New) -> None:
         ["POST", "/v1/admin/workspaces"],
         ["POST", "/v1/admin/workspaces/ws_1/grants"],
         ["POST", "/v1/admin/workspaces/ws_1/keys"],
+        ["GET", "/v1/account/balance"],
     ]
     assert first.calls()[1][2] == {"kind": "trial", "amount_usd": "20"}
 
@@ -95,7 +96,7 @@ def test_a_second_start_keeps_workspace_and_key(new_stack: New) -> None:
     assert second.signal(signal.SIGTERM).ended() == 0
     assert demo["key_secret"] in second.output
     assert json.loads((first.data_dir / "demo.json").read_text()) == demo
-    assert [call[0] for call in second.calls()[3:]] == ["GET", "GET"]
+    assert [call[0] for call in second.calls()[4:]] == ["GET", "GET", "GET"]
 
 
 def test_a_revoked_demo_key_is_replaced_and_nothing_granted_again(
