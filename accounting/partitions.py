@@ -40,7 +40,8 @@ async def ensure(connection: Any, days: Iterable[date]) -> None:
             if await connection.fetchval("select to_regclass($1) is not null", name):
                 continue
             await connection.execute(
-                f"create table {name} (like usage_records including defaults);"
+                f"create table {name}"
+                " (like usage_records including defaults including constraints);"
                 f"alter table usage_records attach partition {name}"
                 f" for values from ('{day}') to ('{day + timedelta(days=1)}')"
             )

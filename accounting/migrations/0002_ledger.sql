@@ -58,6 +58,7 @@ create table grants (
     refunded_ucr bigint not null default 0 check (refunded_ucr >= 0),
     effective_at timestamptz not null default now(),
     expires_at timestamptz,  -- exclusive: spendable while now < expires_at
+    swept_at timestamptz,    -- expired, and all that was left of it has been posted
     parent_id text unique references grants,  -- what this one restores, once
     source_ref text not null unique,
     remaining_ucr bigint not null
@@ -65,7 +66,7 @@ create table grants (
         check (remaining_ucr >= 0)
 );
 create index grants_to_burn on grants (workspace_id) where remaining_ucr > 0;
-create index grants_to_expire on grants (expires_at) where remaining_ucr > 0;
+create index grants_to_expire on grants (expires_at) where swept_at is null;
 create index grants_of_workspace on grants (workspace_id, id);
 
 -- codes: 1 fund, 2 tax, 10 usage, 11 usage reversed, 12 usage beyond the wallet (receivable),

@@ -1,0 +1,108 @@
+"""`python -m accounting run | migrate | audit [--json] | rebuild`.
+
+Exit status: 0 done (or stopped when asked to), 1 a store cannot be reached or an audit found
+drift, 2 settings or arguments are wrong. What goes wrong is one line on stderr.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import asyncpg
+import uvloop
+from redis.exceptions import RedisError
+
+from accounting import audit, log_lines, rebuild
+from accounting.contract.settings import Settings, SettingsError, load
+from accounting.migrate import MigrationError, migrate
+from accounting.rebuild import RebuildError
+from accounting.reckoning import RestlessError
+from accounting.stores import OUTAGES, StoreError, open_postgres, open_redis
+from accounting.worker import Worker
+
+_EXPECTED = (
+    StoreError,
+    MigrationError,
+    RestlessError,
+    RebuildError,
+    *OUTAGES,
+    asyncpg.PostgresError,
+    RedisError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m accounting")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("run", help="post usage until stopped")
+    verbs.add_parser("migrate", help="bring the database's schema up to date")
+    audits = verbs.add_parser("audit", help="prove every invariant on the live system")
+    audits.add_argument("--json", action="store_true", help="one JSON object")
+    verbs.add_parser("rebuild", help="fill Redis from Postgres and the stream")
+    options = parser.parse_args(argv)
+    verb: Callable[[Settings], Awaitable[int]] = {
+        "run": _run,
+        "migrate": _migrate,
+        "audit": _audit_as_json if options.verb == "audit" and options.json else _audit,
+        "rebuild": _rebuild,
+    }[options.verb]
+    try:
+        settings = load(os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"tollgate: {error}\n")
+        return 2
+    try:
+        return uvloop.run(verb(settings))
+    except _EXPECTED as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"tollgate accounting: {text}\n")
+        return 1
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+async def _run(settings: Settings) -> int:
+    log_lines.start()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await Worker(settings).run(stopping)
+    return 0
+
+
+async def _migrate(settings: Settings) -> int:
+    for name in await migrate(settings.database_url.reveal()):
+        say(f"applied {name}")
+    return 0
+
+
+async def _audit(settings: Settings) -> int:
+    return await _findings(settings, as_json=False)
+
+
+async def _audit_as_json(settings: Settings) -> int:
+    return await _findings(settings, as_json=True)
+
+
+async def _findings(settings: Settings, as_json: bool) -> int:
+    async with await open_postgres(settings) as pool, await open_redis(settings) as redis:
+        findings = await audit.audit(pool, redis, settings.total_timeout_seconds)
+    say(audit.as_json(findings) if as_json else audit.as_text(findings))
+    return 1 if any(finding.drifted for finding in findings) else 0
+
+
+async def _rebuild(settings: Settings) -> int:
+    async with await open_postgres(settings) as pool, await open_redis(settings) as redis:
+        count = await rebuild.rebuild(pool, redis, always=True)
+    say(f"rebuilt {count} workspaces")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

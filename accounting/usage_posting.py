@@ -1,0 +1,169 @@
+"""One batch of stream entries into the record of money, in one SQL transaction, exactly once.
+
+Reads top to bottom as it happens: events are decoded, wallets locked, burns planned, rows
+inserted, and for them grants, transfers, rollups, offsets and word to the outbox are written.
+All of it commits or none; whether to acknowledge, retry or give up is `consumer.py`'s part.
+
+Theory of operation. Every event is first taken to be new, which nearly all are. The insert
+then counts how many really were; if some had been recorded before, the transaction is rolled
+back and repeated without them. So nothing is ever planned for a row that is not written.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import date
+from typing import Any, NamedTuple
+
+import msgspec
+
+from accounting import grants, ledger, partitions, postings, quarantine, usage_entries
+from accounting import usage_records as records
+from accounting.ledger import Journal
+from accounting.postings import Charge, Posting
+from accounting.usage_entries import Billed, Defect, Entry, StreamId
+from accounting.usage_records import Record
+
+_TRIES = 3  # the owner of a shard is alone with its events, so that one repetition is enough
+
+
+class Posted(NamedTuple):
+    """What became of a batch's events."""
+
+    new: int = 0
+    duplicates: int = 0
+    quarantined: int = 0
+
+
+class _SomeAreRecordedError(Exception):
+    """Rolls the transaction back: not every event was new."""
+
+
+class _Planned(NamedTuple):
+    """One workspace's journal, and what it burns."""
+
+    journal: Journal
+    posting: Posting
+
+
+async def post(
+    connection: Any, entries: Sequence[Entry], today: date, reason: str | None = None
+) -> Posted:
+    """Post entries in their order and move the offsets past them.
+
+    With a `reason` nothing of them is posted: all goes to quarantine. Raises asyncpg's errors,
+    and then nothing has happened.
+    """
+    billed, defects = _read(entries, today, reason)
+    positions: dict[int, StreamId] = {}
+    for entry in entries:
+        positions[entry.shard] = max(entry.id, positions.get(entry.shard, usage_entries.START))
+    fresh = list({one.event.request_id: one for one in reversed(billed)}.values())
+    await partitions.ensure(connection, {one.day for one in fresh})
+    for _ in range(_TRIES):
+        try:
+            async with connection.transaction():
+                posted = await _post(connection, fresh, defects, positions)
+            return posted._replace(duplicates=len(billed) - posted.new)
+        except _SomeAreRecordedError:
+            known = await records.known(connection, fresh)
+            fresh = [one for one in fresh if one.event.request_id not in known]
+    raise AssertionError("events of a shard are recorded by somebody else at the same time")
+
+
+def _read(
+    entries: Iterable[Entry], today: date, reason: str | None
+) -> tuple[list[Billed], list[Defect]]:
+    billed: list[Billed] = []
+    defects: list[Defect] = []
+    for entry in entries:
+        if reason is not None:
+            defects += usage_entries.condemned(entry, reason)
+        else:
+            good, bad = usage_entries.read(entry, today)
+            billed += good
+            defects += bad
+    return billed, defects
+
+
+async def _post(
+    connection: Any, fresh: list[Billed], defects: list[Defect], positions: dict[int, StreamId]
+) -> Posted:
+    homes = await ledger.lock_wallets(connection, [one.event.workspace_id for one in fresh])
+    lost = [usage_entries.homeless(one) for one in fresh if one.event.workspace_id not in homes]
+    housed = [one for one in fresh if one.event.workspace_id in homes] if lost else fresh
+    planned = await _plan(connection, housed)
+    if housed and await records.insert(connection, _records(housed, planned)) != len(housed):
+        raise _SomeAreRecordedError
+    quarantined = 0
+    if defects or lost:
+        quarantined = await quarantine.put(connection, defects + lost)
+    await records.advance(connection, positions)
+    if planned:
+        await _write(connection, planned)
+    return Posted(new=len(housed), quarantined=quarantined)
+
+
+async def _plan(connection: Any, fresh: list[Billed]) -> dict[str, _Planned]:
+    """Journals by workspace, for those with something to pay."""
+    charges: dict[str, list[Charge]] = defaultdict(list)
+    for one in fresh:
+        event = one.event
+        if event.charge_ucr:
+            charge = Charge(event.request_id, event.started_at_us, event.charge_ucr)
+            charges[event.workspace_id].append(charge)
+    if not charges:
+        return {}
+    live = await grants.live(connection, list(charges))
+    journal_ids = await ledger.new_journal_ids(connection, len(charges))
+    planned = {}
+    for journal_id, (workspace_id, owed) in zip(journal_ids, charges.items(), strict=True):
+        posting = postings.plan(owed, live.get(workspace_id, []))
+        journal = Journal(
+            kind="usage",
+            workspace_id=workspace_id,
+            dedupe_key=f"usage:{min(charge.request_id for charge in owed)}",
+            transfers=posting.transfers,
+            id=journal_id,
+        )
+        planned[workspace_id] = _Planned(journal, posting)
+    return planned
+
+
+def _records(fresh: list[Billed], planned: dict[str, _Planned]) -> Iterable[Record]:
+    for one in fresh:
+        event = one.event
+        if event.charge_ucr:
+            journal, posting = planned[event.workspace_id]
+            yield Record(one, posting.burns[event.request_id], journal.id)
+        else:
+            yield Record(one, None, None)
+
+
+async def _write(connection: Any, planned: dict[str, _Planned]) -> None:
+    """What the usage does to grants and accounts, and what is to be told of it."""
+    burned: dict[str, int] = {}
+    told: list[tuple[str, int, str, dict[str, Any]]] = []
+    for workspace_id, (journal, posting) in planned.items():
+        burned |= posting.burned
+        for grant_id in posting.exhausted:
+            told.append((workspace_id, journal.id, "grant.exhausted", {"grant_id": grant_id}))
+        if posting.short_ucr:
+            short = {"short_ucr": posting.short_ucr}
+            told.append((workspace_id, journal.id, "wallet.overdrawn", short))
+    if burned:
+        await grants.burn(connection, burned)
+    await ledger.post(connection, [journal for journal, _posting in planned.values()])
+    if told:
+        await _tell(connection, told)
+
+
+async def _tell(connection: Any, told: list[tuple[str, int, str, dict[str, Any]]]) -> None:
+    workspaces, journals, types, bodies = zip(*told, strict=True)
+    await connection.execute(
+        "insert into outbox (workspace_id, journal_id, type, body)"
+        " select * from unnest($1::text[], $2::bigint[], $3::text[], $4::jsonb[])",
+        workspaces,
+        journals,
+        types,
+        [msgspec.json.encode(body).decode() for body in bodies],
+    )
