@@ -20,6 +20,7 @@ from accounting.contract.errors import Unavailable
 from accounting.contract.settings import Secret, Settings
 
 _CONNECT_SECONDS = 5.0
+_REDIS_CONNECTIONS = 128  # of one process; beyond it a call is refused like in any outage
 OUTAGES = (
     OSError,  # TimeoutError is one
     asyncpg.InterfaceError,
@@ -51,8 +52,6 @@ def guarded(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         try:
             return await function(*args, **kwargs)
         except OUTAGES as error:
-            if isinstance(error, ValueError):  # asyncpg's complaint of an unfit argument
-                raise
             raise Unavailable from error
 
     return call
@@ -89,6 +88,7 @@ async def open_redis(settings: Settings) -> Redis:
             socket_timeout=settings.redis_timeout_seconds,
             socket_connect_timeout=settings.redis_timeout_seconds,
             retry=Retry(NoBackoff(), 1),
+            max_connections=_REDIS_CONNECTIONS,
         )
     except ValueError as error:
         raise StoreError(f"cannot reach Redis{_where(url)}: {_why(error)}") from None
