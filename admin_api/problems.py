@@ -49,6 +49,7 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         response = _answer(Failure(), request_id)
     response.headers["x-request-id"] = request_id
     response.headers["cache-control"] = "no-store"
+    response.headers["server"] = "tollgate"
     return response
 
 

@@ -106,9 +106,10 @@ async def test_unknown_paths_and_methods_are_told_in_the_envelope(api: Api) -> N
     assert answer.error == (405, "method_not_allowed", None)
 
 
-async def test_no_answer_is_cached(api: Api) -> None:
+async def test_no_answer_is_cached_or_names_what_serves_it(api: Api) -> None:
     for path in ("/v1/account/balance", HEALTHZ, "/nowhere"):
-        assert (await api.call("GET", path, None)).headers["cache-control"] == "no-store"
+        headers = (await api.call("GET", path, None)).headers
+        assert headers["cache-control"] == "no-store" and headers["server"] == "tollgate"
 
 
 async def test_secrets_are_neither_logged_nor_shown(
