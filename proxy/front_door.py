@@ -14,8 +14,6 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, cast
 
-import httptools
-
 from accounting.contract.errors import (
     BodyTooLarge,
     ExpectationFailed,
@@ -27,84 +25,18 @@ from accounting.contract.errors import (
     Unavailable,
 )
 from proxy import replies
+from proxy.bill import ROUTE
 from proxy.chunked import ChunkedBody
-from proxy.exchange import ROUTE, Exchange
+from proxy.exchange import Exchange
+from proxy.http_head import Request, parse_head
 
 if TYPE_CHECKING:
     from proxy.services import Services
 
 _FAST_PATHS = frozenset({ROUTE.encode()})
 _END = b"\r\n\r\n"
-_ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"host", b"expect"})
 _LINGER_SECONDS = 2.0
 _LENGTH_DIGITS = 15
-
-
-class Request:
-    """One request as read: header names in lower case, the body whole."""
-
-    __slots__ = ("body", "failure", "headers", "http_1_0", "keep_alive", "method", "path")
-
-    def __init__(self) -> None:
-        self.method = b""
-        self.path = b""
-        self.headers: dict[bytes, bytes] = {}
-        self.body = b""
-        self.keep_alive = False
-        self.http_1_0 = False
-        self.failure: Failure | None = None
-
-    def __repr__(self) -> str:
-        return f"Request({self.method.decode()} {self.path.decode()}, {len(self.body)} bytes)"
-
-
-class HeadParser:
-    """llhttp's callbacks for one head."""
-
-    __slots__ = ("headers", "heads", "repeated", "url")
-
-    def __init__(self) -> None:
-        self.url = b""
-        self.headers: dict[bytes, bytes] = {}
-        self.heads = 0
-        self.repeated = False
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in self.headers:
-            self.repeated = self.repeated or name in _ONCE
-            value = self.headers[name] + b", " + value
-        self.headers[name] = value
-
-    def on_headers_complete(self) -> None:
-        self.heads += 1
-
-
-def parse_head(head: bytes) -> Request:
-    """A whole request head, blank line included. Raises MalformedHttp."""
-    found = HeadParser()
-    parser = httptools.HttpRequestParser(found)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        raise MalformedHttp("This server does not switch protocols.") from None
-    except httptools.HttpParserError:
-        raise MalformedHttp() from None
-    version = parser.get_http_version()
-    if found.heads != 1 or found.repeated or version not in ("1.1", "1.0"):
-        raise MalformedHttp()
-    if version == "1.1" and b"host" not in found.headers:
-        raise MalformedHttp("A request names its host.")
-    request = Request()
-    request.method = parser.get_method()
-    request.path = found.url.partition(b"?")[0]
-    request.headers = found.headers
-    request.keep_alive = parser.should_keep_alive()
-    request.http_1_0 = version == "1.0"
-    return request
 
 
 class FrontDoor(asyncio.Protocol):
@@ -167,6 +99,9 @@ class FrontDoor(asyncio.Protocol):
         self._paused_at = 0.0
         if self._exchange is not None:
             self._exchange.resume()
+        else:
+            self._pump()
+            self._read_on()
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
@@ -174,6 +109,8 @@ class FrontDoor(asyncio.Protocol):
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
+        elif self._reading is None:
+            self._since = self._services.now()  # a head's first byte
         try:
             self._read(data)
         except Failure as failure:
@@ -216,10 +153,7 @@ class FrontDoor(asyncio.Protocol):
             raise HeadTooLarge
         if b"\n\n" in data or b"\0" in data:
             raise MalformedHttp
-        since = self._since
-        fresh = not self._buffer and self._exchange is None
         self._buffer = data
-        self._since = self._services.now() if fresh else since
 
     def _read_head(self, data: bytes, end: int) -> bytes | None:
         """One head at the start of `data`. None once there is nothing more to read here."""
@@ -306,21 +240,27 @@ class FrontDoor(asyncio.Protocol):
     # Serving, in order
 
     def _pump(self) -> None:
-        """Start the next request when none is under way."""
+        """Start the next request when none is under way and the client reads its answers."""
         if self._pumping:
             return
         self._pumping = True
-        while self._exchange is None and self._queue and self._transport is not None:
+        while self._exchange is None and self._queue and not self._paused_at:
+            if self._transport is None:
+                break
             request = self._queue.popleft()
             if request.failure is not None:
-                self.write(replies.error_reply(request.failure, None, close=True))
-                self._linger()
+                self._answer_refused(request, request.failure)
                 break
             self._exchange = Exchange(self._services, self, request)
-            if self._paused_at:
-                self._exchange.pause()
             self._exchange.begin()
         self._pumping = False
+
+    def _answer_refused(self, request: Request, failure: Failure) -> None:
+        answer = replies.error_reply(failure, None, close=True)
+        if request.method == b"HEAD":
+            answer = answer[: answer.index(_END) + len(_END)]
+        self.write(answer)
+        self._linger()
 
     def _read_on(self) -> None:
         """An answer is out: go on with what had been kept back."""

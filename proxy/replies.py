@@ -17,6 +17,7 @@ _encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_FREE = " Nothing was charged."  # true of an error status, not of an error within a stream
 _CLOSE = b"connection: close\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
 
@@ -94,7 +95,7 @@ def error_event(
     """An in-band error that ends a stream, with usage and credits: clients read no further."""
     event = _closing(scanner, tokens, charge_ucr)
     event["error"] = {
-        "message": failure.text,
+        "message": failure.text.removesuffix(_FREE),
         "type": failure.type,
         "param": None,
         "code": failure.code,

@@ -277,6 +277,11 @@ class ProviderUnreachable(ProviderFailed):
     message = "The provider cannot be reached. Nothing was charged."
 
 
+class ProviderBrokeOff(ProviderFailed):
+    code = "provider_broke_off"
+    message = "The provider broke off its answer."
+
+
 class ProviderGarbled(ProviderFailed):
     code = "provider_bad_response"
     message = "The provider's answer could not be understood. Nothing was charged."

@@ -1,0 +1,151 @@
+"""[8] What an exchange may cost, did cost, and the record of it: figures, no I/O.
+
+Owns the bounds of one request and turns them, and what was used, into the hold, the charge,
+the usage event and the journal's opening.
+"""
+
+from accounting.contract.catalogue import Model, Target
+from accounting.contract.keyspace import KeyRecord
+from accounting.contract.pricing import cost_ucr, worst_case_ucr
+from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
+from proxy.admission import Hold
+from proxy.replay import Opening
+from proxy.request_head import ChatHead, input_bound, output_bound
+from proxy.settlement import Settle
+from proxy.usage_scanner import StreamScanner, estimate_input
+
+ROUTE = "/v1/chat/completions"
+NOTHING = TokenUsage()
+
+
+class Timing:
+    """When things happened, in seconds of the worker's clock; 0 = did not happen."""
+
+    __slots__ = ("first_byte_at", "started_at", "started_us", "upstream_at")
+
+    def __init__(self, now: float, wall_us: int) -> None:
+        self.started_at = now
+        self.started_us = wall_us
+        self.upstream_at = 0.0
+        self.first_byte_at = 0.0
+
+
+class Bill:
+    """One exchange's figures. Token bounds are upper bounds; µcr are whole."""
+
+    __slots__ = (
+        "_body_length", "_estimate", "_head", "_model", "_record", "_request_id", "_timing",
+        "credits_ucr", "input_bound", "output_bound",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: bytes,
+        record: KeyRecord,
+        head: ChatHead,
+        model: Model,
+        body: bytes,
+        timing: Timing,
+    ) -> None:
+        self._request_id = request_id
+        self._record = record
+        self._head = head
+        self._model = model
+        self._timing = timing
+        self._body_length = len(body)
+        self.input_bound = input_bound(body, model.context_tokens)
+        self.output_bound = output_bound(head, model.max_output_tokens)
+        self._estimate = min(estimate_input(len(body)), self.input_bound)
+        audio = head.wants_audio or b'"input_audio"' in body
+        self.credits_ucr = worst_case_ucr(model.price, self.input_bound, self.output_bound, audio)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to hold."""
+        return self.input_bound + self.output_bound
+
+    def charge(self, tokens: TokenUsage, hold: Hold) -> int:
+        """What the client pays, µcr: the exact cost, never more than was held."""
+        return min(cost_ucr(self._model.price, tokens), hold.credits_ucr)
+
+    def of_stream(self, scanner: StreamScanner) -> tuple[TokenUsage, str]:
+        """Tokens of a stream so far: the provider's figure, else an estimate in bounds."""
+        if scanner.usage is not None:
+            return scanner.usage, "exact"
+        return self._estimated(scanner.estimate_output()), "estimated"
+
+    def of_answer(self, body: bytes, usage: TokenUsage | None) -> tuple[TokenUsage, str]:
+        """Tokens of a plain answer: the provider's figure, else an estimate in bounds."""
+        if usage is not None:
+            return usage, "exact"
+        return self._estimated(estimate_input(len(body))), "estimated"
+
+    def _estimated(self, output: int) -> TokenUsage:
+        return TokenUsage(input=self._estimate, output=min(output, self.output_bound))
+
+    def event(
+        self,
+        hold: Hold,
+        tokens: TokenUsage,
+        settlement: str,
+        outcome: str,
+        status: int,
+        served: tuple[Target, int],
+        answer_bytes: int,
+        now: float,
+    ) -> UsageEvent:
+        """The record of the exchange, ended `now`; `served`: by which target, and its number."""
+        cost = cost_ucr(self._model.price, tokens)
+        charge = min(cost, hold.credits_ucr)
+        timing = self._timing
+        return UsageEvent(
+            SCHEMA,
+            self._request_id.decode(),
+            self._record.workspace_id,
+            self._record.key_id,
+            ROUTE,
+            self._model.name,
+            str(served[0]),
+            self._model.price.version,
+            timing.started_us,
+            charge,
+            hold.credits_ucr,
+            cost - charge,
+            settlement,
+            outcome,
+            status,
+            bool(self._head.stream),
+            served[1],
+            tokens,
+            int((now - timing.started_at) * 1e6),
+            int((now - timing.upstream_at) * 1e6) if timing.upstream_at else 0,
+            int((timing.first_byte_at - timing.started_at) * 1e6) if timing.first_byte_at else 0,
+            self._body_length,
+            answer_bytes,
+        )
+
+    def settle(self, hold: Hold, event: UsageEvent) -> Settle:
+        """What ends `hold`, with its event."""
+        return Settle(
+            event.workspace_id,
+            event.key_id,
+            hold.credits_ucr,
+            event.charge_ucr,
+            hold.tokens,
+            event.tokens.input + event.tokens.output,
+            hold.admitted_at_us if event.settlement == "void" else 0,
+            encode_event(event),
+        )
+
+    def opening(self, hold: Hold, now: float) -> Opening:
+        """What the journal keeps from admission on, should this worker die."""
+        first = self._model.targets[0]
+        return Opening(
+            self.event(hold, NOTHING, "void", "cut", 0, (first, 0), 0, now),
+            self._model.price,
+            hold.tokens,
+            self.input_bound,
+            self.output_bound,
+            self._estimate,
+            hold.admitted_at_us,
+        )

@@ -1,0 +1,87 @@
+"""[1] One request head, strictly: bytes up to the blank line become a `Request`; sans-IO.
+
+llhttp does the reading; this file adds what a proxy must also insist on: one head per head,
+no header twice that may stand once, no upgrade, a host, HTTP/1.0 or 1.1.
+"""
+
+import httptools
+
+from accounting.contract.errors import Failure, MalformedHttp
+
+_ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"host", b"expect"})
+
+
+class Request:
+    """One request as read: header names in lower case, the body whole."""
+
+    __slots__ = ("body", "failure", "headers", "http_1_0", "keep_alive", "method", "path")
+
+    def __init__(self) -> None:
+        self.method = b""
+        self.path = b""
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.keep_alive = False
+        self.http_1_0 = False
+        self.failure: Failure | None = None
+
+    def __repr__(self) -> str:
+        return f"Request({self.method.decode()} {self.path.decode()}, {len(self.body)} bytes)"
+
+
+class HeadParser:
+    """llhttp's callbacks for one head."""
+
+    __slots__ = ("headers", "heads", "repeated", "url")
+
+    def __init__(self) -> None:
+        self.url = b""
+        self.headers: dict[bytes, bytes] = {}
+        self.heads = 0
+        self.repeated = False
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in self.headers:
+            self.repeated = self.repeated or name in _ONCE
+            value = self.headers[name] + b", " + value
+        self.headers[name] = value
+
+    def on_headers_complete(self) -> None:
+        self.heads += 1
+
+
+def parse_head(head: bytes) -> Request:
+    """A whole request head, blank line included. Raises MalformedHttp."""
+    found = HeadParser()
+    parser = httptools.HttpRequestParser(found)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        raise MalformedHttp("This server does not switch protocols.") from None
+    except httptools.HttpParserError:
+        raise MalformedHttp() from None
+    version = parser.get_http_version()
+    if found.heads != 1 or found.repeated or version not in ("1.1", "1.0"):
+        raise MalformedHttp()
+    if version == "1.1" and b"host" not in found.headers:
+        raise MalformedHttp("A request names its host.")
+    request = Request()
+    request.method = parser.get_method()
+    request.path = path_of(found.url)
+    request.headers = found.headers
+    request.keep_alive = version == "1.1" and parser.should_keep_alive()
+    request.http_1_0 = version == "1.0"
+    return request
+
+
+def path_of(target: bytes) -> bytes:
+    """The path of a request target, also in its absolute form (RFC 9112 §3.2.2)."""
+    path = target.partition(b"?")[0]
+    if not path.startswith(b"/") and b"://" in path:
+        _, slash, rest = path.partition(b"://")[2].partition(b"/")
+        path = slash + rest
+    return path
