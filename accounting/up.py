@@ -32,6 +32,7 @@ from accounting.up_parts import (
     StartError,
     StopRequested,
     answers,
+    check_database,
     check_redis,
     connectable,
     environment,
@@ -136,6 +137,10 @@ class Stack:
         self._private = free_address("TOLLGATE_PRIVATE_LISTEN", settings.private_listen)
         if self._sandbox:
             free_address("the catalogue's sandbox provider", self._sandbox_address())
+        if settings.redis_url:
+            check_redis(settings.redis_url.reveal())
+        if settings.database_url:
+            check_database(settings.database_url.reveal())
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
@@ -152,9 +157,7 @@ class Stack:
     def _start_servers(self) -> None:
         """The URLs of Redis and Postgres: the given ones, else of servers started here."""
         redis_url = self._settings.redis_url.reveal()
-        if redis_url:
-            check_redis(redis_url)
-        else:
+        if not redis_url:
             redis_server = start_redis(self._data_dir)
             self._add(Part("Redis", redis_server.child, redis_server.stop_timeout_seconds))
             redis_url = redis_server.url

@@ -5,14 +5,18 @@ that turn a foreseeable failure into one line before anything starts. The order 
 and stopping is `up.py`'s.
 """
 
+import asyncio
 import http.client
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
+import asyncpg
 import redis
 
 from accounting.child import Child
@@ -21,6 +25,8 @@ from accounting.contract.settings import PREFIX, Address, Settings
 _ROOT = Path(__file__).resolve().parents[1]  # where the packages are; parts run there
 _PROBE_TIMEOUT_SECONDS = 2.0
 _REDIS_TIMEOUT_SECONDS = 5.0
+_DATABASE_TIMEOUT_SECONDS = 5.0
+_OWN_NAME = re.compile(r"^tollgate( \w+)?: ")
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
 
 
@@ -98,7 +104,7 @@ class Part:
 
     def last_words(self) -> str:
         """One line: its own complaint if it made one, else what is known of its end."""
-        last = self._child.tail(1).removeprefix("tollgate: ")
+        last = _OWN_NAME.sub("", self._child.tail(1))
         how = "is running" if self.alive() else f"ended with status {self.exit_code}"
         return f"{self.name} {how}: {last or 'it said nothing'} ({self._child.log})"
 
@@ -149,6 +155,21 @@ def check_redis(url: str) -> None:
             client.ping()
     except (redis.RedisError, ValueError) as error:
         raise StartError(f"TOLLGATE_REDIS_URL: {error}") from error
+
+
+def check_database(url: str) -> None:
+    """Raises StartError when the given Postgres lets nobody in."""
+
+    async def connect() -> None:
+        connection = await asyncpg.connect(url, timeout=_DATABASE_TIMEOUT_SECONDS)
+        await connection.close()
+
+    try:
+        asyncio.run(connect())
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        place = urlsplit(url).netloc.rpartition("@")[2]
+        reason = str(error) or type(error).__name__
+        raise StartError(f"TOLLGATE_DATABASE_URL: {place}: {reason}") from error
 
 
 def answers(address: Address, path: str) -> bool:

@@ -200,6 +200,7 @@ def test_a_second_stack_on_the_same_data_is_refused(new_stack: New) -> None:
         ("TOLLGATE_CATALOGUE", "/nonexistent.toml", "catalogue /nonexistent.toml"),
         ("TOLLGATE_REDIS_URL", "redis://127.0.0.1:1/0", "TOLLGATE_REDIS_URL: Error 111"),
         ("TOLLGATE_REDIS_URL", "nonsense", "TOLLGATE_REDIS_URL: "),
+        ("TOLLGATE_DATABASE_URL", "nonsense", "TOLLGATE_DATABASE_URL: "),
         ("TOLLGATE_DATA_DIR", "/proc/nowhere", "TOLLGATE_DATA_DIR: /proc/nowhere"),
         ("TOLLGATE_LISTEN", "192.0.2.1:80", "TOLLGATE_LISTEN: cannot listen on 192.0.2.1:80"),
     ],
