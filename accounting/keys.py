@@ -13,6 +13,7 @@ raises `Unavailable`, and repeating the call completes it.
 import base64
 import secrets
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import asyncpg
 import msgspec
@@ -26,8 +27,8 @@ from accounting.contract.settings import Secret
 from accounting.stores import guarded
 from accounting.workspaces import Workspace
 
-INFERENCE, ACCOUNT = "inference", "account"
-SCOPES = {INFERENCE: "models and completions", ACCOUNT: "the account API"}
+Scope = Literal["inference", "account"]  # what calls models, and the account API
+ACCOUNT: Scope = "account"
 
 _LISTED = 1000  # the newest; older ones are of no use to a reader
 _SECRET_BYTES = 32

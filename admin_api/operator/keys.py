@@ -1,6 +1,6 @@
 """The operator's keys: made for a workspace, the secret shown once."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,7 +27,6 @@ _Figure = Annotated[int, Meta(ge=1, le=1_000_000_000_000)]
 _Requests = Annotated[int, Meta(ge=1, le=60_000_000)]  # one per µs: as fine as the clock
 _Slots = Annotated[int, Meta(ge=1, le=1_000_000)]
 _Model = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[!-~]+(?![\s\S])")]
-Scope = Literal["inference", "account"]
 
 
 class NewLimits(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -46,7 +45,7 @@ class NewKey(Body):
     """Scopes: omitted = all of them."""
 
     name: Name
-    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)] | None = None
+    scopes: Annotated[list[keys.Scope], Meta(min_length=1, max_length=16)] | None = None
     limits: NewLimits | None = None
 
 
