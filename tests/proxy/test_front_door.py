@@ -1,0 +1,624 @@
+"""The door on bare sockets: what is refused, what is read in pieces, order, pace and time."""
+
+import asyncio
+import json
+
+import pytest
+
+from accounting.contract import keyspace
+from tests.proxy.ends import CHAT, Answer, Client, chat, request, standin
+from tests.proxy.harness import Key, Scene, Start
+from tests.waiting import eventually
+
+BODY = json.dumps(chat()).encode()
+UNKNOWN = "inf_" + "x" * 43
+
+
+# Who asks, and for what
+
+
+async def test_a_key_that_stands_for_nobody_is_401(proxy: Scene) -> None:
+    async with proxy.no_trace():
+        for secret in ("", "x", "inf_short", "sk-" + "x" * 44, UNKNOWN, "inf_" + "\xff" * 43):
+            answer = await proxy.ask(secret, chat())
+            assert answer.refused == (401, "invalid_api_key")
+            assert answer.error["type"] == "invalid_request_error"
+            assert "x-should-retry" not in answer.headers
+
+
+async def test_other_authorization_than_bearer_is_401(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    async with proxy.no_trace():
+        for value in (f"Basic {key.secret}", key.secret, f"Bearer{key.secret}", "Bearer"):
+            answer = await proxy.ask("", chat(), Authorization=value)
+            assert answer.refused == (401, "invalid_api_key")
+
+
+async def test_a_revoked_key_is_401_on_the_next_request(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    assert (await proxy.ask(key, chat())).status == 200
+    await proxy.quiet()
+    proxy.seeds.rules(key, version=2, state=keyspace.REVOKED)
+    async with proxy.no_trace():
+        assert (await proxy.ask(key, chat())).status in (401, 503)  # its record is still there
+    proxy.seeds.store.client.delete(keyspace.digest_key(key.digest))
+    async with proxy.no_trace():
+        assert (await proxy.ask(key, chat())).refused == (401, "invalid_api_key")
+
+
+async def test_a_revoked_key_with_its_record_is_401(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    proxy.seeds.rules(key, version=1, state=keyspace.REVOKED)
+    async with proxy.no_trace():
+        assert (await proxy.ask(key, chat())).refused == (401, "invalid_api_key")
+
+
+async def test_an_expired_key_is_401(proxy: Scene) -> None:
+    key = proxy.seeds.key(expires_at_us=1)
+    async with proxy.no_trace():
+        assert (await proxy.ask(key, chat())).refused == (401, "invalid_api_key")
+
+
+async def test_a_suspended_workspace_is_403(proxy: Scene) -> None:
+    key = proxy.seeds.key(state=keyspace.SUSPENDED)
+    async with proxy.no_trace():
+        answer = await proxy.ask(key, chat())
+        assert answer.refused == (403, "account_suspended")
+        assert answer.error["type"] == "permission_error"
+
+
+async def test_a_model_outside_the_keys_list_is_403(proxy: Scene) -> None:
+    key = proxy.seeds.key(allowed_models=("other",))
+    async with proxy.no_trace():
+        answer = await proxy.ask(key, chat())
+        assert answer.refused == (403, "model_not_allowed")
+        assert answer.error["param"] == "model"
+    assert (await proxy.ask(key, chat(model="other"))).status == 200
+
+
+async def test_changed_rules_are_read_again(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    assert (await proxy.ask(key, chat())).status == 200
+    proxy.seeds.record(key, version=2, allowed_models=("other",))
+    proxy.seeds.rules(key, version=2)
+    assert (await proxy.ask(key, chat())).refused == (403, "model_not_allowed")
+
+
+async def test_without_the_epoch_the_gate_is_closed(proxy: Scene) -> None:
+    known, lost = proxy.seeds.key(), proxy.seeds.key()
+    assert (await proxy.ask(known, chat())).status == 200
+    await proxy.quiet()
+    proxy.seeds.keys.clear()
+    proxy.seeds.store.client.flushall()
+    for key in (known, lost):
+        answer = await proxy.ask(key, chat())
+        assert answer.refused == (503, "service_unavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+BAD_BODIES = [
+    (b"", 400, "invalid_json"),
+    (b"{", 400, "invalid_json"),
+    (b"not json", 400, "invalid_json"),
+    (b"\xff\xfe{}", 400, "invalid_json"),
+    (b'{"model":"small","messages":' + b"[" * 100_000, 400, "invalid_json"),
+    (BODY + b"}", 400, "invalid_json"),
+    (BODY.replace(b"100", b"NaN"), 400, "invalid_json"),
+    (BODY.replace(b"100", b"Infinity"), 400, "invalid_json"),
+    (b"[]", 400, "invalid_request"),
+    (b'"text"', 400, "invalid_request"),
+    (b"null", 400, "invalid_request"),
+    (b"{}", 400, "missing_parameter"),
+    (b'{"messages":[]}', 400, "missing_parameter"),
+    (b'{"model":"small"}', 400, "missing_parameter"),
+    (b'{"model":"small","messages":[],"temperature":NaN}', 400, "invalid_json"),
+    (b'{"model":"nowhere","messages":[]}', 404, "model_not_found"),
+]
+BAD_FIELDS = [
+    {"model": 7},
+    {"model": ""},
+    {"model": None},
+    {"model": "x" * 300},
+    {"messages": "hi"},
+    {"messages": {}},
+    {"stream": "true"},
+    {"stream": 1},
+    {"stream_options": []},
+    {"stream_options": {"include_usage": "yes"}},
+    {"max_tokens": "5"},
+    {"max_tokens": 0},
+    {"max_tokens": -1},
+    {"max_tokens": 1.5},
+    {"max_tokens": True},
+    {"max_tokens": 10**30},
+    {"max_completion_tokens": -1},
+    {"n": 0},
+    {"n": 1000},
+    {"modalities": "audio"},
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code"), BAD_BODIES)
+async def test_a_bad_body_is_refused(proxy: Scene, body: bytes, status: int, code: str) -> None:
+    key = proxy.seeds.key()
+    async with proxy.no_trace():
+        answer = await proxy.ask(key, body)
+        assert answer.refused == (status, code)
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert not proxy.main.requests
+
+
+async def test_a_field_of_the_wrong_type_is_named(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    async with proxy.no_trace():
+        for fields in BAD_FIELDS:
+            answer = await proxy.ask(
+                key, chat(**fields) if "model" not in fields else fields | BARE
+            )
+            assert answer.status == 400, (fields, answer)
+            assert answer.error["param"].split(".")[0] == next(iter(fields)), (fields, answer)
+    assert not proxy.main.requests
+
+
+BARE = {"messages": []}
+
+
+async def test_a_cost_that_cannot_be_bounded_is_refused(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    async with proxy.no_trace():
+        for fields in ({"web_search_options": {}}, {"service_tier": "priority"}):
+            answer = await proxy.ask(key, chat(**fields))
+            assert answer.refused == (400, "unbounded_cost")
+
+
+async def test_an_empty_wallet_is_402_and_says_what_is_missing(proxy: Scene) -> None:
+    key = proxy.seeds.key(balance_ucr=0)
+    async with proxy.no_trace():
+        answer = await proxy.ask(key, chat())
+        assert answer.refused == (402, "INSUFFICIENT_CREDIT")
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+        required = (len(BODY) + 32) * 15 + 100 * 60
+        assert answer.error["metadata"] == {
+            "limit_source": "balance",
+            "balance_credits": "0",
+            "held_credits": "0",
+            "required_credits": f"{required / 1e6:.6f}".rstrip("0"),
+            "affordable_credits": "0",
+        }
+
+
+async def test_a_wallet_held_by_others_is_402_that_passes_by_waiting(proxy: Scene) -> None:
+    held = standin(fault="hang_before_head")
+    cost = (len(json.dumps(chat(held))) + 32) * 15 + 6000
+    key = proxy.seeds.key(balance_ucr=cost + 10)
+    waiting = await proxy.client()
+    waiting >> request(key.secret, chat(held))
+    await proxy.main.wait_until(lambda: bool(proxy.main.requests))
+    async with proxy.no_trace_while_busy():
+        answer = await proxy.ask(key, chat())
+        assert answer.refused == (402, "INSUFFICIENT_CREDIT")
+        assert answer.headers["retry-after"] == "1"
+        assert "x-should-retry" not in answer.headers
+        said = answer.error["metadata"]
+        assert said["limit_source"] == "in_flight_holds"
+        assert said["affordable_credits"] == "0.00001"
+        assert said["held_credits"] == f"{cost / 1e6:.6f}".rstrip("0")
+    waiting.leave()
+
+
+# HTTP as it must not be
+
+
+def head(*lines: str) -> bytes:
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+POST = f"POST {CHAT} HTTP/1.1"
+HOST = "Host: x"
+LENGTH = f"Content-Length: {len(BODY)}"
+CHUNKED = "Transfer-Encoding: chunked"
+WHOLE_CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+MALFORMED = {
+    "two equal lengths": head(POST, HOST, LENGTH, LENGTH) + BODY,
+    "two lengths": head(POST, HOST, LENGTH, "Content-Length: 3") + BODY,
+    "a list of lengths": head(POST, HOST, f"Content-Length: {len(BODY)}, {len(BODY)}") + BODY,
+    "length and chunked": head(POST, HOST, LENGTH, CHUNKED) + WHOLE_CHUNK,
+    "chunked and length": head(POST, HOST, CHUNKED, LENGTH) + WHOLE_CHUNK,
+    "signed length": head(POST, HOST, f"Content-Length: +{len(BODY)}") + BODY,
+    "negative length": head(POST, HOST, "Content-Length: -1") + BODY,
+    "hexadecimal length": head(POST, HOST, "Content-Length: 0x10") + BODY,
+    "empty length": head(POST, HOST, "Content-Length:") + BODY,
+    "endless length": head(POST, HOST, "Content-Length: " + "9" * 40) + BODY,
+    "chunked twice": head(POST, HOST, CHUNKED, CHUNKED) + WHOLE_CHUNK,
+    "gzip, chunked": head(POST, HOST, "Transfer-Encoding: gzip, chunked") + WHOLE_CHUNK,
+    "chunked, identity": head(POST, HOST, "Transfer-Encoding: chunked, identity") + WHOLE_CHUNK,
+    "identity": head(POST, HOST, "Transfer-Encoding: identity") + BODY,
+    "xchunked": head(POST, HOST, "Transfer-Encoding: xchunked") + WHOLE_CHUNK,
+    "vertical tab": head(POST, HOST, "Transfer-Encoding: \x0bchunked") + WHOLE_CHUNK,
+    "chunked in HTTP/1.0": head(f"POST {CHAT} HTTP/1.0", HOST, CHUNKED) + WHOLE_CHUNK,
+    "obs-fold": head(POST, HOST, "X-Long: a", " b", LENGTH) + BODY,
+    "space before colon": head(POST, HOST, f"Content-Length : {len(BODY)}") + BODY,
+    "space in a name": head(POST, HOST, "Content Length: 3", LENGTH) + BODY,
+    "no colon": head(POST, HOST, "Nonsense", LENGTH) + BODY,
+    "no name": head(POST, HOST, ": x", LENGTH) + BODY,
+    "bare LF": head(POST, HOST, LENGTH).replace(b"\r\n", b"\n") + BODY,
+    "bare LF within": head(f"{POST}\n{HOST}", LENGTH) + BODY,
+    "LF in a header": head(POST, HOST, f"X-A: b\nX-C: d\r\n{LENGTH}") + BODY,
+    "bare CR": head(POST, HOST, f"X-A: b\rX-C: d\r\n{LENGTH}") + BODY,
+    "NUL in a header": head(POST, HOST, "X-A: b\0c", LENGTH) + BODY,
+    "no host": head(POST, LENGTH) + BODY,
+    "two hosts": head(POST, HOST, "Host: y", LENGTH) + BODY,
+    "no version": head(f"POST {CHAT}", HOST, LENGTH) + BODY,
+    "HTTP/2.0": head(f"POST {CHAT} HTTP/2.0", HOST, LENGTH) + BODY,
+    "HTTP/1.2": head(f"POST {CHAT} HTTP/1.2", HOST, LENGTH) + BODY,
+    "HTTP/0.9": b"GET /\r\n\r\n",
+    "a space in the target": head(f"POST {CHAT}/a b HTTP/1.1", HOST, LENGTH) + BODY,
+    "a method of small letters": head(f"post {CHAT} HTTP/1.1", HOST, LENGTH) + BODY,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n",
+    "an upgrade": head(POST, HOST, "Connection: Upgrade", "Upgrade: websocket", LENGTH) + BODY,
+    "a tunnel": head("CONNECT example.com:443 HTTP/1.1", HOST),
+    "a chunk size of words": head(POST, HOST, CHUNKED) + b"zz\r\n",
+    "a chunk size with 0x": head(POST, HOST, CHUNKED) + b"0x10\r\n",
+    "a negative chunk size": head(POST, HOST, CHUNKED) + b"-1\r\n",
+    "a signed chunk size": head(POST, HOST, CHUNKED) + b"+5\r\nhello\r\n",
+    "an endless chunk size": head(POST, HOST, CHUNKED) + b"F" * 17 + b"\r\n",
+    "an empty chunk size": head(POST, HOST, CHUNKED) + b"\r\n",
+    "a chunk longer than its size": head(POST, HOST, CHUNKED) + b"3\r\nhello\r\n",
+    "a chunk line with bare LF": head(POST, HOST, CHUNKED) + b"5\nhello\r\n0\r\n\r\n",
+    "a long chunk extension": head(POST, HOST, CHUNKED) + b"5;" + b"a" * 5000,
+    "a trailer without colon": head(POST, HOST, CHUNKED) + b"0\r\nnonsense\r\n\r\n",
+    "other expectation": head(POST, HOST, LENGTH, "Expect: 200-ok") + BODY,
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_malformed_http_is_refused_and_closed(proxy: Scene, name: str) -> None:
+    key = proxy.seeds.key()
+    authorized = MALFORMED[name].replace(
+        b"\r\n", b"\r\nAuthorization: Bearer " + key.secret.encode() + b"\r\n", 1
+    )
+    if name == "HTTP/0.9" or name == "TLS" or name == "bare LF":
+        authorized = MALFORMED[name]
+    async with proxy.no_trace():
+        client = await proxy.client()
+        client >> authorized >> request(key.secret, chat())  # must not be served any more
+        answer = await client.answer()
+        wanted = (417, "expectation_failed") if "expect" in name else (400, "malformed_http")
+        assert answer.refused == wanted
+        assert answer.headers["connection"] == "close"
+        assert await client.left()
+    assert not proxy.main.requests
+
+
+async def test_a_giant_head_is_431(start: Start) -> None:
+    scene = await start(head_limit_bytes=4096)
+    async with scene.no_trace():
+        for end in (b"", b"\r\n\r\n"):  # on the way already, or once whole
+            client = await scene.client()
+            client >> b"POST / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 5000 + end
+            assert (await client.answer()).refused == (431, "request_head_too_large")
+            assert await client.left()
+
+
+async def test_a_declared_body_over_the_limit_is_413_at_once(start: Start) -> None:
+    scene = await start(body_limit_bytes=1024)
+    key = scene.seeds.key()
+    async with scene.no_trace():
+        client = await scene.client()
+        client >> head(POST, HOST, "Content-Length: 1025")
+        answer = await client.answer()
+        assert answer.refused == (413, "request_too_large")
+        assert answer.headers["connection"] == "close"
+    whole = chat("x" * (1024 - len(json.dumps(chat("")))))
+    assert len(json.dumps(whole)) == 1024
+    assert (await scene.ask(key, whole)).status == 200
+
+
+async def test_a_chunked_body_over_the_limit_is_413(start: Start) -> None:
+    scene = await start(body_limit_bytes=1024)
+    async with scene.no_trace():
+        client = await scene.client()
+        client >> head(POST, HOST, CHUNKED) >> b"200\r\n" + b"a" * 0x200 + b"\r\n" >> b"201\r\n"
+        assert (await client.answer()).refused == (413, "request_too_large")
+
+
+async def test_the_refusal_of_a_body_arrives_while_it_is_still_being_sent(start: Start) -> None:
+    scene = await start(body_limit_bytes=1024)
+    client = await scene.client()
+    client >> head(POST, HOST, "Content-Length: 4000000") + b"x" * 4_000_000
+    assert (await client.answer()).refused == (413, "request_too_large")
+
+
+async def test_paths_and_methods_that_are_not_there(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    async with proxy.no_trace():
+        for path in ("/", "/v1", "/v1/chat", CHAT + "/", CHAT + "x", "/v1/nothing", "/v1/models2"):
+            assert (await proxy.ask(key, chat(), path=path)).refused == (404, "not_found"), path
+        for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS"):
+            answer = await proxy.ask(key, method=method)
+            assert answer.refused == (405, "method_not_allowed"), method
+            assert answer.headers["connection"] == "close"
+
+
+async def test_a_head_request_gets_a_head_only(proxy: Scene) -> None:
+    client = await proxy.client()
+    client >> request("", method="HEAD")
+    assert (await client.status())[0] == 405
+    assert await client.rest() == b""
+
+
+async def test_a_query_is_no_part_of_the_path(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    assert (await proxy.ask(key, chat(), path=CHAT + "?api-version=1")).status == 200
+
+
+async def test_the_absolute_form_names_the_same_resource(proxy: Scene) -> None:
+    """RFC 9112 §3.2.2: a server accepts it."""
+    key = proxy.seeds.key()
+    for path in ("http://tollgate.test" + CHAT, "HTTP://tollgate.test:8080" + CHAT + "?a=b"):
+        assert (await proxy.ask(key, chat(), path=path)).status == 200
+    async with proxy.no_trace():
+        for path in ("http://tollgate.test", "http://tollgate.test/v1/nothing"):
+            assert (await proxy.ask(key, chat(), path=path)).refused == (404, "not_found")
+
+
+# HTTP as it may be
+
+
+async def ping(client: Client, key: Key, **more: str) -> Answer:
+    client >> request(key.secret, chat(), **more)
+    return await client.answer()
+
+
+async def test_a_connection_serves_one_request_after_another(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    for number in range(3):
+        answer = await ping(client, key)
+        assert answer.status == 200 and "connection" not in answer.headers
+        client >> request(key.secret, chat(model="nowhere"))
+        assert (await client.answer()).status == 404
+        client >> request(key.secret, chat(stream=True))
+        assert (await client.answer()).events[-1] == "[DONE]", number
+
+
+async def test_connection_close_is_obeyed(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    for stream in (False, True):
+        client = await proxy.client()
+        client >> request(key.secret, chat(stream=stream), Connection="close")
+        answer = await client.answer()
+        assert answer.status == 200 and answer.headers["connection"] == "close"
+        assert await client.left()
+
+
+async def test_http_1_0_gets_a_plain_body_and_a_close(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    for stream in (False, True):
+        client = await proxy.client()
+        client >> request(key.secret, chat(stream=stream), version="1.0")
+        answer = await client.answer()
+        assert answer.status == 200 and "transfer-encoding" not in answer.headers
+        assert answer.headers["connection"] == "close"
+        assert answer.events[-1] == "[DONE]" if stream else answer.json["choices"]
+        assert await client.left()
+
+
+async def test_http_1_0_with_keep_alive_is_never_left_waiting(proxy: Scene) -> None:
+    """It must either be told that the connection stays, or see it close."""
+    key, client = proxy.seeds.key(), await proxy.client()
+    client >> request(key.secret, chat(), version="1.0", Connection="keep-alive")
+    answer = await client.answer()
+    assert answer.status == 200
+    if answer.headers.get("connection") != "keep-alive":
+        assert await client.left()
+
+
+async def test_expect_100_continue_is_answered_before_the_body(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    whole = request(key.secret, chat(), Expect="100-continue")
+    cut = whole.index(b"\r\n\r\n") + 4
+    client >> whole[:cut]
+    assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client >> whole[cut:]
+    assert (await client.answer()).status == 200
+    client >> whole  # the body is here already: no interim answer is needed
+    assert (await client.answer()).status == 200
+
+
+async def test_expect_100_continue_of_a_body_too_large_is_413_at_once(start: Start) -> None:
+    scene = await start(body_limit_bytes=1024)
+    client = await scene.client()
+    client >> head(POST, HOST, "Content-Length: 5000", "Expect: 100-continue")
+    assert (await client.answer()).refused == (413, "request_too_large")
+
+
+async def test_chunked_bodies_are_put_together(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    authorization = f"Authorization: Bearer {key.secret}"
+    pieces = [BODY[n : n + 7] for n in range(0, len(BODY), 7)]
+    body = b"".join(b"%X;name=value\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    for trailer in (b"", b"X-Trailer: 1\r\n"):
+        client >> head(POST, HOST, CHUNKED, authorization) + body + b"0\r\n" + trailer + b"\r\n"
+        assert (await client.answer()).status == 200
+    assert json.loads(proxy.main.requests[-1].body)["messages"] == chat()["messages"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_pipelined_requests_are_answered_in_order(proxy: Scene, stream: bool) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    texts = [f"number {n} " + standin(delay_ms=20 - n, completion_tokens=n + 1) for n in range(20)]
+    client >> b"".join(request(key.secret, chat(text, stream=stream)) for text in texts)
+    for number in range(20):
+        answer = await client.answer()
+        body = answer.events[-2] if stream else answer.json
+        assert body["usage"]["completion_tokens"] == number + 1
+    assert len(await proxy.events(key)) == 20
+
+
+async def test_a_refusal_between_pipelined_requests_keeps_the_order(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    good, bad = request(key.secret, chat(standin(delay_ms=20))), request(key.secret, b"{")
+    client >> good + bad + good + bad + good
+    assert [(await client.answer()).status for _ in range(5)] == [200, 400, 200, 400, 200]
+
+
+async def test_what_follows_a_malformed_request_is_not_served(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    good = request(key.secret, chat(standin(delay_ms=20)))
+    client >> good + MALFORMED["length and chunked"] + good
+    assert [(await client.answer()).status for _ in range(2)] == [200, 400]
+    assert await client.left()
+    assert len(await proxy.events(key)) == 1
+
+
+async def test_a_request_cut_at_every_byte_is_one_request(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    whole = request(key.secret, chat("ü"))
+    clients = [await proxy.client() for _ in whole]
+    for cut, client in enumerate(clients):
+        client >> whole[:cut]
+    await eventually(lambda: len(proxy.services.connections) == len(whole))
+    await proxy.client() >> b""
+    for cut, client in enumerate(clients):
+        client >> whole[cut:]
+    for client in clients:
+        assert (await client.answer()).status == 200
+    assert len(await proxy.events(key)) == len(whole)
+
+
+async def test_chunked_requests_arriving_byte_by_byte(proxy: Scene) -> None:
+    key = proxy.seeds.key()
+    authorization = f"Authorization: Bearer {key.secret}"
+    whole = head(POST, HOST, CHUNKED, authorization) + WHOLE_CHUNK
+    client = await proxy.client()
+    for number in range(2 * len(whole)):
+        client >> whole[number % len(whole) :][:1]
+        await client.flushed()
+    assert [(await client.answer()).status for _ in range(2)] == [200, 200]
+
+
+async def test_an_empty_line_before_a_request_is_skipped(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    for before in (b"\r\n", b"\r", b""):
+        client >> before
+        await client.flushed()
+        client >> (b"\n" if before == b"\r" else b"") + request(key.secret, chat())
+        assert (await client.answer()).status == 200
+
+
+# Time
+
+
+async def test_a_head_that_never_ends_is_408(start: Start) -> None:
+    scene = await start(head_timeout_seconds=0.1)
+    client = await scene.client()
+    client >> b"POST / HT"
+    answer = await client.answer()
+    assert answer.refused == (408, "request_timeout")
+    assert answer.headers["connection"] == "close"
+    assert await client.left()
+
+
+async def test_a_head_that_drips_is_408(start: Start) -> None:
+    """The time counts from a head's first byte, whatever keeps coming."""
+    scene = await start(head_timeout_seconds=0.2)
+    client = await scene.client()
+    client >> b"POST / HTTP/1.1\r\nX-Drip: "
+    answered = asyncio.ensure_future(client.more())
+    for _ in range(300):
+        client >> b"x"
+        if (await asyncio.wait([answered], timeout=0.01))[0]:
+            break
+    await answered
+    assert (await client.answer()).refused == (408, "request_timeout")
+
+
+async def test_a_body_that_never_ends_is_408(start: Start) -> None:
+    scene = await start(body_timeout_seconds=0.1)
+    key = scene.seeds.key()
+    async with scene.no_trace():
+        client = await scene.client()
+        client >> request(key.secret, chat())[:-1]
+        assert (await client.answer()).refused == (408, "request_timeout")
+        assert await client.left()
+
+
+async def test_a_body_that_drips_is_408(start: Start) -> None:
+    scene = await start(body_timeout_seconds=0.2)
+    client = await scene.client()
+    client >> head(POST, HOST, "Content-Length: 1000")
+    answered = asyncio.ensure_future(client.more())
+    for _ in range(300):
+        client >> b"x"
+        if (await asyncio.wait([answered], timeout=0.01))[0]:
+            break
+    await answered
+    assert (await client.answer()).refused == (408, "request_timeout")
+
+
+async def test_an_idle_connection_is_closed_without_a_word(start: Start) -> None:
+    scene = await start(idle_timeout_seconds=0.1)
+    key = scene.seeds.key()
+    fresh, used = await scene.client(), await scene.client()
+    assert (await ping(used, key)).status == 200
+    assert await fresh.left() and await used.left()
+
+
+async def test_a_request_under_way_is_not_idle(start: Start) -> None:
+    scene = await start(idle_timeout_seconds=0.1, head_timeout_seconds=0.1)
+    key, client = scene.seeds.key(), await scene.client()
+    slow = chat(standin(delay_ms=400))
+    client >> request(key.secret, slow)
+    assert (await client.answer()).status == 200
+
+
+async def test_a_client_that_closes_its_side_has_left(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    client >> request(key.secret, chat(standin(fault="hang_before_head")))
+    await proxy.main.wait_until(lambda: bool(proxy.main.requests))
+    client.writer.write_eof()
+    await proxy.main.wait_until(lambda: proxy.main.aborted == 1)
+    (event,) = await proxy.events(key)
+    assert (event.outcome, event.charge_ucr) == ("client_left", 0)
+
+
+async def test_connections_beyond_the_limit_are_503(start: Start) -> None:
+    scene = await start(connections=2)
+    kept = [await scene.client() for _ in range(2)]
+    key = scene.seeds.key()
+    assert (await ping(kept[0], key)).status == 200
+    client = await scene.client()
+    assert (await client.answer()).refused == (503, "service_unavailable")
+    client.close()
+    kept[1].leave()
+    await eventually(lambda: len(scene.services.connections) < 2)
+    assert (await scene.ask(key, chat())).status == 200
+
+
+# Pace
+
+
+async def test_pipelining_without_reading_is_bounded(start: Start) -> None:
+    """Answers nobody reads stop the reading of requests."""
+    scene = await start(write_buffer_bytes=4096, pipeline_depth=4)
+    key, client = scene.seeds.key(), await scene.client()
+    one = request(key.secret, chat(standin(answer_bytes=200_000, obey_max=0, completion_tokens=5)))
+    client.reader._limit = 4096
+    for _ in range(200):
+        client >> one
+    seen = await steady(lambda: scene.main.served)
+    assert seen < 60  # the kernel's buffers take some megabytes, the proxy a few answers
+    for _ in range(200):
+        assert (await client.answer()).status == 200
+    assert len(await scene.events(key)) == 200
+
+
+async def steady(figure) -> int:
+    """The figure once it has not moved for a quarter of a second."""
+    last, same = -1, 0
+    while same < 25:
+        await asyncio.sleep(0.01)
+        now = figure()
+        last, same = (now, same + 1) if now == last else (now, 0)
+    return last
