@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SCENARIO ?= all
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check lint bench clean
@@ -27,8 +28,8 @@ lint: $(READY) ## Style and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 
-bench: $(READY) ## Measure the proxy (results are printed, nothing is asserted)
-	@$(BIN)/python -m benchmarks
+bench: $(READY) ## Measure (SCENARIO=rate, cadence, burst or all); nothing is asserted
+	@$(BIN)/python -m benchmarks $(SCENARIO)
 
 clean: ## Remove what was installed or built; the data in .tollgate stays
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
