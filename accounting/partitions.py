@@ -12,6 +12,10 @@ BELIEVED_BACK = timedelta(days=35)
 BELIEVED_AHEAD = timedelta(days=1)
 _MADE_AHEAD_DAYS = 3
 _LOCK = 0x70_6C_67_02
+_EXISTS = (  # unlike to_regclass, this sees what was committed while we waited for the lock
+    "select exists (select from pg_class where relname = $1"
+    " and relnamespace = current_schema()::regnamespace)"
+)
 
 
 def believed(day: date, today: date) -> bool:
@@ -33,11 +37,11 @@ async def ensure(connection: Any, days: Iterable[date]) -> None:
     """
     for day in sorted(set(days)):
         name = f"usage_records_{day:%Y%m%d}"
-        if await connection.fetchval("select to_regclass($1) is not null", name):
+        if await connection.fetchval(_EXISTS, name):
             continue
         async with connection.transaction():
             await connection.execute("select pg_advisory_xact_lock($1)", _LOCK)
-            if await connection.fetchval("select to_regclass($1) is not null", name):
+            if await connection.fetchval(_EXISTS, name):
                 continue
             await connection.execute(
                 f"create table {name}"

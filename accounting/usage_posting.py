@@ -63,7 +63,7 @@ async def post(
         try:
             async with connection.transaction():
                 posted = await _post(connection, fresh, defects, positions)
-            return posted._replace(duplicates=len(billed) - posted.new)
+            return posted._replace(duplicates=len(billed) - len(fresh))
         except _SomeAreRecordedError:
             known = await records.known(connection, fresh)
             fresh = [one for one in fresh if one.event.request_id not in known]

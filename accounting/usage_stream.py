@@ -59,7 +59,7 @@ class UsageStream:
         try:
             behind = await self._more_pending_than(dict.fromkeys(self._position, 0))
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
+            if "NOGROUP" not in str(error):
                 raise
             await self._begin_again()
             return
@@ -73,7 +73,7 @@ class UsageStream:
         try:
             return await self._read(wait_seconds)
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
+            if "NOGROUP" not in str(error):
                 raise
             await self._begin_again()
             return []
