@@ -21,7 +21,7 @@ test: lint ## The whole test suite, against real Redis and Postgres
 	@$(BIN)/python -m pytest
 
 check: lint ## Style, types and the quick tests: seconds
-	@$(BIN)/python -m pytest --ignore=tests/journeys
+	@$(BIN)/python -m pytest --ignore=tests/journeys -m "not processes and not stores"
 
 lint: $(READY) ## Style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

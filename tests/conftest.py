@@ -20,6 +20,18 @@ _TEMPLATE = "migrated"
 _numbers = itertools.count(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "processes: starts whole programs; not in `make check`")
+    config.addinivalue_line("markers", "stores: needs Redis or Postgres; not in `make check`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a store, directly or through another fixture."""
+    for item in items:
+        if {"redis_server", "postgres_server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("stores")
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = start_redis(tmp_path_factory.mktemp("redis"))

@@ -19,6 +19,7 @@ from accounting.embedded import Server, start_postgres, start_redis
 from accounting.embedded_files import EmbeddedError
 from tests.waiting import eventually_blocking
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = UserIds(65534, 65534)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become someone else")

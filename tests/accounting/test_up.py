@@ -14,6 +14,7 @@ import pytest
 from tests.stack import Stack
 from tests.waiting import eventually_blocking
 
+pytestmark = pytest.mark.processes
 PART = Path(__file__).with_name("stand_in_part.py")
 PROGRAM = """
 import json, sys
