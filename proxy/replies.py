@@ -79,6 +79,11 @@ def error_reply(failure: Failure, request_id: str | None, close: bool, extra: by
     )
 
 
+def head_of(answer: bytes) -> bytes:
+    """An answer without its body, as HEAD wants it."""
+    return answer[: answer.index(b"\r\n\r\n") + 4]
+
+
 def final_chunk(scanner: StreamScanner, tokens: TokenUsage, charge_ucr: int) -> bytes:
     """The last event before `[DONE]`: usage and what the answer cost, in credits."""
     return b"data: " + _encode(_closing(scanner, tokens, charge_ucr)) + b"\n\n"
