@@ -15,38 +15,50 @@ class EventTooLong(Exception):
 
 
 class EventSplitter:
-    """Cuts a byte stream after its last whole event. At most `limit` bytes are kept."""
+    """Cuts a byte stream after its last whole event. An unfinished one may grow to `limit`.
+
+    Each byte is searched about once, however small the reads: of what is kept, only the last
+    three bytes can be part of a boundary that a later read completes.
+    """
 
     __slots__ = ("_kept", "_limit")
 
     def __init__(self, limit: int) -> None:
-        self._kept = b""
+        self._kept = bytearray()
         self._limit = limit
 
     def whole_events(self, data: bytes) -> bytes:
-        """The bytes up to the end of the last whole event; empty while none is whole."""
-        if self._kept:
-            data = self._kept + data
-            self._kept = b""
-        if data.endswith(b"\n\n"):
+        """The bytes up to the end of the last whole event; empty while none is whole.
+
+        Raises EventTooLong once nothing but an unfinished event beyond the limit is left.
+        """
+        kept = self._kept
+        if not kept and data.endswith(b"\n\n"):
             return data
-        end = _last_boundary(data)
-        self._kept = data[end:]
-        if len(self._kept) > self._limit:
+        known = max(0, len(kept) - 3)
+        kept += data
+        end = _last_boundary(kept, known)
+        if not end and len(kept) > self._limit:
             raise EventTooLong
-        return data[:end]
+        whole = bytes(kept[:end])
+        del kept[:end]
+        return whole
 
     def rest(self) -> bytes:
         """The unfinished event at the end of the stream, if any."""
-        kept, self._kept = self._kept, b""
-        return kept
+        rest = bytes(self._kept)
+        self._kept.clear()
+        return rest
 
 
-def _last_boundary(data: bytes) -> int:
-    end = data.rfind(b"\n\n") + 2
-    if end < 2:
-        end = 0
-    for found in _BOUNDARY.finditer(data, end):
+def _last_boundary(data: bytearray, start: int) -> int:
+    """Where the last event that is whole ends; 0 when none ends after `start`.
+
+    A CR at the very end waits for what follows: it may be half of a CR LF.
+    """
+    found_at = data.rfind(b"\n\n", start)
+    end = found_at + 2 if found_at >= 0 else 0
+    for found in _BOUNDARY.finditer(data, max(start, end)):
         end = found.end()
     return end
 

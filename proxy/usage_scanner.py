@@ -15,31 +15,25 @@ from accounting.contract.usage_event import TokenUsage
 from proxy.sse import EventSplitter, event_data, split_events
 
 _BYTES_PER_TOKEN = 4
-_MAX_COUNT = 1 << 40
-_USAGE_VALUE = re.compile(rb'"usage"\s*:\s*\{')
+_MAX_COUNT = (1 << 31) - 1  # what the ledger's columns hold
+_USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
+# `,"usage":null` cannot be part of a text: a quote in JSON text has a backslash before it.
+_USAGE_NULL = re.compile(
+    rb',[ \t]*"usage"[ \t]*:[ \t]*null|(?<!\\)"usage"[ \t]*:[ \t]*null[ \t]*,[ \t]*'
+)
+_EMPTY_LIST = re.compile(rb"\[\s*\]")
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
-class InputDetails(Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    audio_tokens: int | None = None
-
-
-class OutputDetails(Struct):
-    reasoning_tokens: int | None = None
-    audio_tokens: int | None = None
-
-
 class ProviderUsage(Struct):
-    """Usage as OpenAI-compatible providers report it."""
+    """Usage as OpenAI-compatible providers report it; any field may hold anything."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: InputDetails | None = None
-    completion_tokens_details: OutputDetails | None = None
-    prompt_cache_hit_tokens: int | None = None
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+    total_tokens: Any = None
+    prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
+    prompt_cache_hit_tokens: Any = None
 
 
 class _Usage(Struct):
@@ -50,20 +44,23 @@ class _Chunk(Struct):
     id: Any = None
     created: Any = None
     model: Any = None
-    choices: list[Raw] | None = None
+    choices: Raw = Raw()
     usage: Raw = Raw()
     error: Raw = Raw()
 
 
 class _Error(Struct):
     message: str | None = None
-    code: object = None
 
 
 _chunks = msgspec.json.Decoder(_Chunk)
 _answers = msgspec.json.Decoder(_Usage)
 _usages = msgspec.json.Decoder(ProviderUsage)
 _errors = msgspec.json.Decoder(_Error)
+_fields = msgspec.json.Decoder(dict[str, Raw])
+_NULL = Raw(b"null")
+_NO_USAGE = (b"", b"null")
+_NO_ERROR = (b"", b"null", b"false", b"0", b'""', b"{}", b"[]")  # what clients take for none
 
 
 def token_usage(raw: bytes) -> TokenUsage | None:
@@ -74,29 +71,39 @@ def token_usage(raw: bytes) -> TokenUsage | None:
     """
     try:
         usage = _usages.decode(raw)
-    except msgspec.MsgspecError:
-        return None
-    if usage.prompt_tokens is None and usage.completion_tokens is None:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     prompt, output = _count(usage.prompt_tokens), _count(usage.completion_tokens)
-    output = max(output, _count(usage.total_tokens) - prompt)
-    inputs = usage.prompt_tokens_details or InputDetails()
-    outputs = usage.completion_tokens_details or OutputDetails()
-    cached = min(_count(inputs.cached_tokens) or _count(usage.prompt_cache_hit_tokens), prompt)
-    written = min(_count(inputs.cache_write_tokens), prompt - cached)
+    if prompt is None and output is None:
+        return None
+    total = _count(usage.total_tokens) or 0
+    prompt = max(0, total - (output or 0)) if prompt is None else prompt
+    output = max(output or 0, total - prompt)
+    inputs, outputs = usage.prompt_tokens_details, usage.completion_tokens_details
+    cached = min(
+        _part(inputs, "cached_tokens") or _count(usage.prompt_cache_hit_tokens) or 0, prompt
+    )
+    written = min(_part(inputs, "cache_write_tokens"), prompt - cached)
     return TokenUsage(
         input=prompt,
         output=output,
         cached_input=cached,
         cache_write=written,
-        reasoning=min(_count(outputs.reasoning_tokens), output),
-        audio_input=min(_count(inputs.audio_tokens), prompt - cached - written),
-        audio_output=min(_count(outputs.audio_tokens), output),
+        reasoning=min(_part(outputs, "reasoning_tokens"), output),
+        audio_input=min(_part(inputs, "audio_tokens"), prompt - cached - written),
+        audio_output=min(_part(outputs, "audio_tokens"), output),
     )
 
 
-def _count(number: int | None) -> int:
-    return 0 if number is None else min(max(number, 0), _MAX_COUNT)
+def _count(number: Any) -> int | None:
+    """A count within bounds; None for what is no number."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return None
+    return int(min(max(number, 0), _MAX_COUNT))
+
+
+def _part(details: Any, name: str) -> int:
+    return (_count(details.get(name)) or 0) if isinstance(details, dict) else 0
 
 
 def estimate_input(request_bytes: int) -> int:
@@ -120,7 +127,7 @@ def read_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
         found = _answers.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None, False
-    return (token_usage(bytes(found.usage)) if _present(found.usage) else None), True
+    return token_usage(bytes(found.usage)), True
 
 
 class StreamScanner:
@@ -128,11 +135,12 @@ class StreamScanner:
 
     `strip_nulls`: the client did not ask for usage, so `"usage":null` is taken out too.
     After each `pass_on`: `usage`/`usage_raw` as last seen, `done` at `[DONE]`, `failed` with
-    the provider's message at an error event, `envelope` once the first chunk has passed.
+    the provider's message at an error event, `chunk_head` once a chunk has passed. What comes
+    after `done` or `failed` is not for the client; no more needs to be passed on.
     """
 
     __slots__ = (
-        "_last", "_splitter", "_strip_nulls", "blocks", "chunk_head", "done", "failed",
+        "_closed", "_last", "_splitter", "_strip_nulls", "blocks", "chunk_head", "done", "failed",
         "first_length", "relayed_bytes", "usage", "usage_raw",
     )  # fmt: skip
 
@@ -141,6 +149,7 @@ class StreamScanner:
         self._strip_nulls = strip_nulls
         self.first_length = 0
         self._last = b""
+        self._closed = False  # the usage chunk that ends an answer has passed
         self.blocks = 0
         self.relayed_bytes = 0
         self.chunk_head: _Chunk | None = None
@@ -154,42 +163,50 @@ class StreamScanner:
         block = self._splitter.whole_events(data)
         if not block:
             return block
+        if self._strip_nulls:
+            block = block.replace(b',"usage":null', b"")
+        in_question = b"[DONE]" in block or b'"error"' in block
         if b'"usage"' in block:
             if self._strip_nulls:
-                block = block.replace(b',"usage":null', b"")
-            if _USAGE_VALUE.search(block):
-                block = self._take_out(block)
-        elif b"[DONE]" in block or b'"error"' in block:
-            block = self._take_out(block)
-        if b"[DONE]" in block or b'"error"' in block:
-            block = self._take_out(block)
-        if not block:
-            return block
-        if self.chunk_head is None:
+                block = _USAGE_NULL.sub(b"", block)
+            in_question = in_question or _USAGE_VALUE.search(block) is not None
+        if in_question:
+            block = b"".join([self._keep(event) for event in split_events(block)])
+            if not block:
+                return block
+        if not self.first_length:
             self._read_first(block)
         self.blocks += 1
         self.relayed_bytes += len(block)
-        self._last = block
+        if not block.startswith(b":"):
+            self._last = block
         return block
+
+    def finish(self) -> bytes:
+        """At a clean end: the last event, should it be whole but for its blank line."""
+        rest = self._splitter.rest().strip(b"\r\n")
+        data = event_data(rest)
+        if data is None or not (data.startswith(b"[DONE]") or _decode(data)):
+            return b""
+        return self.pass_on(rest + b"\n\n")
 
     @property
     def finished(self) -> bool:
-        """The answer came to its end: usage, `[DONE]` or a finish reason was seen."""
-        return self.done or self.usage is not None or bool(_FINISHED.search(self._last))
+        """The answer came to its end: `[DONE]`, its usage chunk or a finish reason was seen."""
+        return self.done or self._closed or bool(_FINISHED.search(self._last))
 
     def estimate_output(self) -> int:
         """Output tokens so far, from what was relayed."""
         return estimate_output(self.relayed_bytes, self.blocks, self.first_length)
 
     def _read_first(self, block: bytes) -> None:
-        first = split_events(block)[0]
-        chunk = _decode(event_data(first))
-        if chunk is not None and chunk.choices is not None:
-            self.chunk_head = chunk
-            self.first_length = len(first)
-
-    def _take_out(self, block: bytes) -> bytes:
-        return b"".join([self._keep(event) for event in split_events(block)])
+        """The first chunk with a choice tells what all have in common."""
+        for event in split_events(block):
+            chunk = _decode(event_data(event))
+            if chunk is not None and _has_choices(chunk):
+                self.chunk_head = chunk
+                self.first_length = len(event)
+                return
 
     def _keep(self, event: bytes) -> bytes:
         """The event as the client gets it; empty when it is not for the client."""
@@ -205,20 +222,23 @@ class StreamScanner:
         chunk = _decode(data)
         if chunk is None:
             return event
-        if _present(chunk.error):
+        if bytes(chunk.error) not in _NO_ERROR:
             self.failed = _error_text(bytes(chunk.error))
             self._read_usage(event)
             return b""
-        if not _present(chunk.usage):
+        if bytes(chunk.usage) in _NO_USAGE:
             return event
         self._note_usage(bytes(chunk.usage))
+        if _has_choices(chunk):
+            return _without_usage(data, self._strip_nulls)
+        self._closed = True
         if self.chunk_head is None:
             self.chunk_head = chunk
-        return _without_usage(event) if chunk.choices else b""
+        return b""
 
     def _read_usage(self, event: bytes) -> None:
         chunk = _decode(event_data(event))
-        if chunk is not None and _present(chunk.usage):
+        if chunk is not None:
             self._note_usage(bytes(chunk.usage))
 
     def _note_usage(self, raw: bytes) -> None:
@@ -228,8 +248,9 @@ class StreamScanner:
             self.usage_raw = raw.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def _present(raw: Raw) -> bool:
-    return bytes(raw) not in (b"null", b"", b"false", b"{}")
+def _has_choices(chunk: _Chunk) -> bool:
+    choices = bytes(chunk.choices)
+    return choices not in (b"", b"null") and not _EMPTY_LIST.fullmatch(choices)
 
 
 def _decode(data: bytes | None) -> _Chunk | None:
@@ -241,16 +262,18 @@ def _decode(data: bytes | None) -> _Chunk | None:
         return None
 
 
-def _without_usage(event: bytes) -> bytes:
-    """A content chunk that carries usage as well: the same chunk with `usage` null."""
-    data = event_data(event) or b""
-    fields: dict[str, Raw] = msgspec.json.decode(data, type=dict[str, Raw])
-    fields["usage"] = Raw(b"null")
+def _without_usage(data: bytes, drop: bool) -> bytes:
+    """A content chunk that carries usage as well: the same chunk, with `usage` null or gone."""
+    fields = _fields.decode(data.replace(b"\n", b" "))  # in JSON a line's end is but space
+    if drop:
+        del fields["usage"]
+    else:
+        fields["usage"] = _NULL
     return b"data: " + msgspec.json.encode(fields) + b"\n\n"
 
 
 def _error_text(raw: bytes) -> str:
     try:
         return _errors.decode(raw).message or "unknown error"
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return raw.decode("utf-8", "replace")[:500]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return raw.decode("utf-8", "replace")
