@@ -80,6 +80,7 @@ class UpstreamConnection(asyncio.Protocol):
     def release(self) -> None:
         """The user has all it needs: read the answer's last bytes, then keep the connection."""
         self.user = None
+        self.resume()
         if self._complete:
             self._finish()
         else:
@@ -114,6 +115,7 @@ class UpstreamConnection(asyncio.Protocol):
             if not self._complete:
                 self._lose(garbled=True)
                 return
+            self._keep = False
         if self._status and not had_head:
             user.upstream_head(self._status, self._headers)
         pieces = self._pieces
@@ -167,10 +169,17 @@ class UpstreamConnection(asyncio.Protocol):
 
     # httptools
 
+    def on_message_begin(self) -> None:
+        """Something follows a whole answer, and nobody asked for it: keep it from the next."""
+        if self._complete:
+            self._keep = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
+        if self._complete:
+            return
         status = self._parser.get_status_code()
         if status < 200:  # an interim answer; 101 would be an upgrade nobody asked for
             self._headers = {}
@@ -186,7 +195,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._pieces.append(body)
 
     def on_message_complete(self) -> None:
-        if self._status and not self._until_close:
+        if self._status and not self._until_close and not self._complete:
             self._complete = True
             self._keep = self._parser.should_keep_alive()
 

@@ -7,6 +7,7 @@ is the request it got. Nothing is written, retried or closed that the test does 
 
 import asyncio
 import json
+import re
 import socket
 import struct
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 TIMEOUT_SECONDS = 10.0
 CHAT = "/v1/chat/completions"
+_LINE_END = re.compile("\r\n|\n|\r")
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -55,17 +57,23 @@ class Answer:
 
 
 def read_events(body: bytes) -> list[Any]:
-    """The data of each event, decoded unless `[DONE]`; comments as `:…` strings."""
-    text = body.decode()
-    assert not text or text.endswith("\n\n"), text[-100:]
+    """The data of each event, decoded unless `[DONE]`; comments as `:…` strings.
+
+    Lines end as the specification allows; what does not end in an empty line is an error.
+    """
+    lines = _LINE_END.split(body.decode())
+    assert lines[-1] == "" and lines[-2:] in ([""], ["", ""]), body[-100:]
     found: list[Any] = []
-    for event in text.split("\n\n")[:-1]:
-        if event.startswith(":"):
-            found.append(event)
-            continue
-        assert event.startswith("data:") and "\n" not in event, event[:200]
-        data = event.removeprefix("data:").strip()
-        found.append(data if data == "[DONE]" else json.loads(data, parse_float=Decimal))
+    data: list[str] = []
+    for line in lines:
+        if line.startswith(":"):
+            found.append(line)
+        elif line:
+            assert line.startswith("data:"), line[:200]
+            data.append(line.removeprefix("data:").removeprefix(" "))
+        elif data:
+            text, data = "\n".join(data), []
+            found.append(text if text == "[DONE]" else json.loads(text, parse_float=Decimal))
     return found
 
 
@@ -74,7 +82,7 @@ class End:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.buffer = b""
+        self.buffer = bytearray()
 
     def __rshift__(self, data: bytes) -> Self:
         self.writer.write(data)
@@ -87,17 +95,22 @@ class End:
         return block
 
     async def until(self, mark: bytes) -> bytes:
-        while mark not in self.buffer:
+        start = 0
+        while (at := self.buffer.find(mark, start)) < 0:
+            start = max(0, len(self.buffer) - len(mark))
             if not await self.more():
-                raise EOFError(f"no {mark!r} in {self.buffer!r}")
-        taken, _, self.buffer = self.buffer.partition(mark)
-        return taken + mark
+                raise EOFError(f"no {mark!r} in {bytes(self.buffer[:1000])!r}")
+        return self._taken(at + len(mark))
 
     async def take(self, size: int) -> bytes:
         while len(self.buffer) < size:
             if not await self.more():
-                raise EOFError(f"{len(self.buffer)} of {size} bytes: {self.buffer!r}")
-        taken, self.buffer = self.buffer[:size], self.buffer[size:]
+                raise EOFError(f"{len(self.buffer)} of {size} bytes")
+        return self._taken(size)
+
+    def _taken(self, size: int) -> bytes:
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
         return taken
 
     async def rest(self) -> bytes:
@@ -107,8 +120,7 @@ class End:
                 continue
         except ConnectionResetError:
             self.writer.transport.abort()
-        taken, self.buffer = self.buffer, b""
-        return taken
+        return self._taken(len(self.buffer))
 
     async def left(self) -> bool:
         """True once the other side has gone without another word."""
@@ -127,6 +139,14 @@ class End:
     def close(self) -> None:
         """Close in order, after what was written."""
         self.writer.close()
+
+    async def flushed(self) -> None:
+        """Let what was written reach the other side as a segment of its own."""
+        connection: socket.socket = self.writer.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await self.writer.drain()
+        for _ in range(4):  # the proxy shares this loop: it reads in its next turn
+            await asyncio.sleep(0)
 
     async def head(self) -> tuple[bytes, dict[str, str], list[str]]:
         """First line, headers by lower-case name, and the names that came twice."""
@@ -164,22 +184,15 @@ class Client(End):
         status, headers = await self.status()
         if headers.get("transfer-encoding") == "chunked":
             assert "content-length" not in headers
-            body = b""
+            pieces = []
             while data := await self.chunk():
-                body += data
+                pieces.append(data)
+            body = b"".join(pieces)
         elif "content-length" in headers:
             body = await self.take(int(headers["content-length"]))
         else:
             body = await self.rest()
         return Answer(status, headers, body)
-
-    async def flushed(self) -> None:
-        """Let what was written reach the other side as a segment of its own."""
-        connection: socket.socket = self.writer.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await self.writer.drain()
-        for _ in range(4):  # the proxy shares this loop: it reads in its next turn
-            await asyncio.sleep(0)
 
     async def event(self) -> Any:
         """The next event of a chunked stream whose head has been read; None at its end."""
