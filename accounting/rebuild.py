@@ -3,37 +3,84 @@
 Needed when Redis has lost its data (the key `epoch` is gone), or asked for by an operator.
 
 Theory of operation. While `epoch` is missing nothing new is admitted, but exchanges that were
-open still settle. A wallet is therefore computed and written under WATCH: whatever touches the
-workspace meanwhile makes the write fail, and it is computed again. Several processes may find
-the epoch missing: a lock lets one rebuild, the others then find it done.
+open still settle. A settle moves a balance and what the ledger expects of it by the same
+amount, so the difference between the two, once reckoned, stays what it is: a script adds it,
+whatever has settled since. Only a delta applied meanwhile would count twice; the script sees
+that and changes nothing. What is held is summed anew from the leases within the script.
+
+Several processes may find the epoch missing: a lock lets one rebuild, the others find it done.
 """
 
 import asyncio
 import itertools
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import WatchError
 
 from accounting import keys, reckoning
-from accounting.contract import keyspace
+from accounting.contract import keyspace, scripts
 from accounting.contract.identifiers import ulid
-from accounting.contract.keyspace import KeyCounters, LeaseRecord, Wallet
-from accounting.deltas import RESERVE
+from accounting.contract.keyspace import KeyCounters
 from accounting.reckoning import Reckoning
 
 _LOCK = 0x70_6C_67_05
-_CHUNK = 100  # workspaces written in one step
+_CHUNK = 100  # workspaces reckoned together
 _AT_ONCE = 4  # publications under way
 _ATTEMPTS = 100
+_RESTORE = """
+-- restore: add to a wallet and its keys what they differ from the ledger.
+-- KEYS[1] {sNN}:ws:<workspace>
+-- ARGV[1] MessagePack: {last delta applied when reckoned, last delta that the difference
+--         includes, µcr to add to the balance, {{key id, µcr to add to its spend}, ...}}
+-- reply   1 done; 0 a delta was applied since: reckon again
+-- Invariant: held = sum of leases = sum of what keys hold, and of what expiry reserves.
+local seen, last, balance, spent = unpack(cmsgpack.unpack(ARGV[1]))
+local fields = redis.call('HGETALL', KEYS[1])
+local w, counters, held = nil, {}, 0
+local function counter(key_id)
+  counters[key_id] = counters[key_id] or {0, 0, 0, 0, 0, 0, 0, 0, 0}
+  return counters[key_id]
+end
+for i = 1, #fields, 2 do
+  local key_id = string.match(fields[i], '^c:(.+)$')
+  if fields[i] == 'w' then w = cmsgpack.unpack(fields[i + 1]) end
+  if key_id then
+    local c = cmsgpack.unpack(fields[i + 1])
+    c[6], c[7], c[8] = 0, 0, 0
+    counters[key_id] = c
+  end
+end
+if not w or w[4] ~= seen then return 0 end
+for i = 1, #fields, 2 do
+  local boot, key_id = string.match(fields[i], '^l:(.+):([^:]+)$')
+  if boot then
+    local l = cmsgpack.unpack(fields[i + 1])
+    held = held + l[1]
+    if boot ~= 'expiry' then
+      local c = counter(key_id)
+      c[6], c[7], c[8] = c[6] + l[3], c[7] + l[1], c[8] + l[2]
+    end
+  end
+end
+for _, one in ipairs(spent) do
+  local c = counter(one[1])
+  c[9] = c[9] + one[2]
+end
+w[1], w[2], w[4] = w[1] + balance, held, last
+redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w))
+for key_id, c in pairs(counters) do
+  redis.call('HSET', KEYS[1], 'c:' .. key_id, cmsgpack.pack(c))
+end
+return 1
+"""
 _log = logging.getLogger("tollgate.accounting")
 
 
 class RebuildError(Exception):
-    """A wallet was touched during every attempt to restore it."""
+    """A wallet received credits during every attempt to restore it."""
 
 
 async def needed(redis: Redis) -> bool:
@@ -81,61 +128,43 @@ async def _publish_keys(pool: Any, redis: Redis) -> None:
 async def _restore(pool: Any, redis: Redis, shard: int, workspace_ids: list[str]) -> None:
     """Write some workspaces of a shard, their rows locked: nobody changes a state meanwhile."""
     async with pool.acquire() as connection, connection.transaction():
-        states = dict(
-            await connection.fetch(
-                "select id, state from workspaces where id = any($1) order by id for no key update",
-                workspace_ids,
-            )
+        rows = await connection.fetch(
+            "select id, state from workspaces where id = any($1) order by id for no key update",
+            workspace_ids,
         )
+        for row in rows:
+            key = keyspace.workspace_key(row["id"])
+            await scripts.call(redis, "put_workspace", [key], [row["state"]])
         for _ in range(_ATTEMPTS):
-            try:
-                found = await _write(pool, redis, shard, states)
-            except WatchError:
-                continue
-            await _mark_applied(connection, found)
-            return
-    raise RebuildError(f"wallets of shard {shard} changed {_ATTEMPTS} times while restored")
+            found = await reckoning.reckon(pool, redis, shard, workspace_ids)
+            done = await _add_differences(redis, found)
+            await _mark_applied(connection, [one for one in found if one.workspace_id in done])
+            workspace_ids = [one for one in workspace_ids if one not in done]
+            if not workspace_ids:
+                return
+    raise RebuildError(f"{workspace_ids[0]} received credits {_ATTEMPTS} times while restored")
 
 
-async def _write(pool: Any, redis: Redis, shard: int, states: dict[str, int]) -> list[Reckoning]:
-    """Reckon and write as one step. Raises WatchError when anything changed in between."""
-    async with redis.pipeline(transaction=True) as pipe:
-        await pipe.watch(*map(keyspace.workspace_key, states))
-        found = await reckoning.reckon(pool, redis, shard, list(states))
-        pipe.multi()
+async def _add_differences(redis: Redis, found: list[Reckoning]) -> set[str]:
+    """Bring wallets and spend to what they should be; the workspaces where that was possible."""
+    async with redis.pipeline(transaction=False) as pipe:
         for one in found:
-            fields = restored(one, states[one.workspace_id])
-            pipe.hset(keyspace.workspace_key(one.workspace_id), mapping=fields)
-        await pipe.execute()
-    return found
+            pipe.eval(_RESTORE, 1, keyspace.workspace_key(one.workspace_id), _differences(one))
+        replies = await pipe.execute()
+    return {one.workspace_id for one, done in zip(found, replies, strict=True) if done}
 
 
-def restored(found: Reckoning, state: int) -> dict[str, bytes]:
-    """The fields a workspace should have: its wallet, and what each key has open and spent."""
-    leases = found.snapshot.leases
-    wallet = Wallet(
-        balance=found.settled_ucr,
-        held=sum(lease.credits_ucr for lease in leases.values()),
-        state=state,
-        last_delta=found.last_delta,
+def _differences(found: Reckoning) -> bytes:
+    wallet = found.snapshot.wallet
+    assert wallet is not None  # made known just before, and never removed
+    counters = found.snapshot.counters
+    spent = [
+        (key_id, found.spent.get(key_id, 0) - counters.get(key_id, KeyCounters()).spent_ucr)
+        for key_id in {*found.spent, *counters} - {""}
+    ]
+    return msgspec.msgpack.encode(
+        (wallet.last_delta, found.last_delta, found.settled_ucr - wallet.balance, spent)
     )
-    fields = {"w": msgspec.msgpack.encode(wallet)}
-    leased: dict[str, LeaseRecord] = defaultdict(LeaseRecord)
-    for (boot, key_id), lease in leases.items():
-        if boot == RESERVE:
-            continue
-        leased[key_id].credits_ucr += lease.credits_ucr
-        leased[key_id].tokens += lease.tokens
-        leased[key_id].slots += lease.slots
-    spent = Counter(found.spent)
-    for key_id in {*spent, *leased, *found.snapshot.counters} - {""}:
-        counters = found.snapshot.counters.get(key_id, KeyCounters())
-        counters.spent_ucr = spent[key_id]
-        counters.held_ucr = leased[key_id].credits_ucr
-        counters.held_tokens = leased[key_id].tokens
-        counters.open = leased[key_id].slots
-        fields[f"c:{key_id}"] = msgspec.msgpack.encode(counters)
-    return fields
 
 
 async def _mark_applied(connection: Any, found: list[Reckoning]) -> None:

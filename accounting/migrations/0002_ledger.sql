@@ -24,7 +24,7 @@ create table ledger_accounts (
     debits_ucr bigint not null default 0 check (debits_ucr >= 0),
     credits_ucr bigint not null default 0 check (credits_ucr >= 0),
     no_overdraft boolean generated always as (kind like 'wallet\_%') stored,
-    check (kind not like 'wallet\_%' or credits_ucr >= debits_ucr),
+    constraint no_wallet_below_zero check (kind not like 'wallet\_%' or credits_ucr >= debits_ucr),
     unique nulls not distinct (workspace_id, kind)
 );
 
