@@ -9,7 +9,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import asyncpg
 import uvloop
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     audits.add_argument("--json", action="store_true", help="one JSON object")
     verbs.add_parser("rebuild", help="fill Redis from Postgres and the stream")
     options = parser.parse_args(argv)
-    verb: Callable[[Settings], Awaitable[int]] = {
+    verb: Callable[[Settings], Coroutine[Any, Any, int]] = {
         "run": _run,
         "migrate": _migrate,
         "audit": _audit_as_json if options.verb == "audit" and options.json else _audit,

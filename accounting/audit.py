@@ -155,7 +155,9 @@ async def _forgotten(pool: Any, redis: Redis, shard: int) -> list[Drift]:
     after = "-"
     while True:
         try:
-            pending = await redis.xpending_range(stream, keyspace.STREAM_GROUP, after, "+", _PAGE)
+            pending: Any = await redis.xpending_range(
+                stream, keyspace.STREAM_GROUP, after, "+", _PAGE
+            )
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise

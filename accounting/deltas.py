@@ -104,6 +104,7 @@ async def _send(redis: Redis, workspace_id: str, row: Any) -> tuple[int, int]:
     packed = await redis.hget(key, "w")
     if packed is None:
         return _UNKNOWN, 0
+    assert isinstance(packed, bytes)  # the client does not decode
     last = _wallet_decoder.decode(packed).last_delta
     if last < row["delta_id"] - 1:
         return _GAP, last  # not yet its turn: the reservation has to stay

@@ -156,27 +156,23 @@ def _judge(event: UsageEvent, made_at_ms: int, today: date) -> None:
 
 
 def _defect(entry: Entry, position: int, reason: str, body: bytes) -> Defect:
-    found: dict[str, str | int | None] = {}
-    if position != WHOLE_ENTRY:
-        found = _legible(body)
-    return Defect(
-        entry.shard, str(entry.id), position, _printable(reason)[:_LONGEST_REASON], body, **found
+    """With whose it is and what it took from the balance, where that can be read."""
+    defect = Defect(
+        entry.shard, str(entry.id), position, _printable(reason)[:_LONGEST_REASON], body
     )
-
-
-def _legible(body: bytes) -> dict[str, str | int | None]:
-    """What can be read of an event: whose it is and what it took from the balance."""
+    if position == WHOLE_ENTRY:
+        return defect
     try:
         event = _loose_decoder.decode(body)
     except msgspec.DecodeError:
-        return {}
-    charged = event.charge_ucr if abs(event.charge_ucr) <= MAX_UCR else None
-    return {
-        "workspace_id": _printable(event.workspace_id)[:_LONGEST_NAME],
-        "key_id": _printable(event.key_id)[:_LONGEST_NAME],
-        "request_id": _printable(event.request_id)[:_LONGEST_NAME],
-        "charge_ucr": charged,
-    }
+        return defect
+    return msgspec.structs.replace(
+        defect,
+        workspace_id=_printable(event.workspace_id)[:_LONGEST_NAME],
+        key_id=_printable(event.key_id)[:_LONGEST_NAME],
+        request_id=_printable(event.request_id)[:_LONGEST_NAME],
+        charge_ucr=event.charge_ucr if abs(event.charge_ucr) <= MAX_UCR else None,
+    )
 
 
 def _printable(text: str) -> str:

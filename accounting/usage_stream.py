@@ -11,6 +11,7 @@ again from its pending list, in order. Only what is posted is acknowledged and t
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -102,7 +103,7 @@ class UsageStream:
 
     async def _read_group(self, wait_seconds: float) -> dict[int, list[Entry]]:
         keys = {stream_key(shard): shard for shard in sorted(self._position)}
-        reply = await self._redis.xreadgroup(
+        reply: Any = await self._redis.xreadgroup(
             STREAM_GROUP,
             _CONSUMER,
             {key: self._position[shard] for key, shard in keys.items()},
@@ -152,5 +153,5 @@ class UsageStream:
 
 async def read_range(redis: Redis, shard: int, after: StreamId, until: StreamId) -> list[Entry]:
     """A page of the entries after one id, up to and including another."""
-    reply = await redis.xrange(stream_key(shard), str(after.next), str(until), _RANGE_PAGE)
+    reply: Any = await redis.xrange(stream_key(shard), str(after.next), str(until), _RANGE_PAGE)
     return [entry(shard, raw_id, fields) for raw_id, fields in reply]

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from accounting import partitions
+from accounting import audit, partitions
 from accounting.contract.keyspace import EPOCH, workspace_key
 from accounting.contract.settings import Secret, Settings
 from accounting.worker import Worker
@@ -135,6 +135,34 @@ async def test_run_starts_says_so_and_stops_in_order(
         assert (process.returncode, out) == (0, b"")
         assert said[0] == "accounting runs"
         assert said[-1] == "accounting has stopped"
+
+
+async def test_killed_again_and_again_it_loses_nothing(
+    database_url: str, redis_url: str, redis_client: Redis
+) -> None:
+    urls = {"TOLLGATE_DATABASE_URL": database_url, "TOLLGATE_REDIS_URL": redis_url}
+    async with pool_on(database_url) as pool:
+        await redis_client.set(EPOCH, "filled")
+        tenants = [await Tenant.make(pool, redis_client, PLENTY) for _ in range(4)]
+        boot = Boot(redis_client)
+        served = 0
+
+        async def recorded(at_least: int) -> bool:
+            return await pool.fetchval("select count(*) from usage_records") >= at_least
+
+        for _ in range(3):
+            process = await start("run", **urls)
+            for n in range(40):
+                await boot.serve(tenants[n % 4], n)
+            served += 40
+            await eventually(lambda: recorded(served - 20), 20)  # noqa: B023 - awaited here
+            process.kill()
+            await process.communicate()
+        async with working(database_url, redis_url):
+            await eventually(lambda: recorded(served), 10)
+            findings = await audit.audit(pool, redis_client, 900)
+            assert [finding for finding in findings if finding.drifted] == []
+        assert await pool.fetchval("select count(*) from usage_records") == served
 
 
 async def test_migrate_says_what_it_applied(empty_database_url: str, redis_url: str) -> None:
