@@ -76,6 +76,7 @@ def start_redis(data_dir: Path) -> Server:
     finally:
         os.close(lock)
     url = f"redis://:{place.password()}@{LOOPBACK}:{port}/0"
+    place.note_url(url)
     return Server(url, child, stop_timeout_seconds=15.0)
 
 
@@ -115,6 +116,7 @@ def start_postgres(data_dir: Path, *, fsync: bool = True) -> Server:
     finally:
         os.close(lock)
     url = f"postgresql://{_OWNER}:{place.password()}@{LOOPBACK}:{port}/{_DATABASE}"
+    place.note_url(url)
     return Server(url, child, stop_timeout_seconds=30.0)
 
 

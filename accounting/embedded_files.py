@@ -78,6 +78,16 @@ class Place:
         write_private(path, str(port))
         return port
 
+    def note_url(self, url: str) -> None:
+        """Leave word of where the server listens, for other processes of the same owner."""
+        write_private(self._file("url"), url)
+
+
+def noted_url(data_dir: Path, name: str) -> str:
+    """Where the embedded server `name` of a data directory listened last; empty if never."""
+    path = data_dir / f"{name}.url"
+    return path.read_text().strip() if path.exists() else ""
+
 
 def write_private(path: Path, text: str) -> None:
     """Write a file of mode 0600 in one step: a reader sees all of it or none."""

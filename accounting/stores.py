@@ -7,6 +7,7 @@ A mistake of ours (bad SQL, a script's refusal) is not an outage and passes unch
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from redis.backoff import NoBackoff
 
 from accounting.contract.errors import Unavailable
 from accounting.contract.settings import Secret, Settings
+from accounting.embedded_files import noted_url
 
 _CONNECT_SECONDS = 5.0
 _REDIS_CONNECTIONS = 128  # of one process; beyond it a call is refused like in any outage
@@ -59,7 +61,7 @@ def guarded(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 async def open_postgres(settings: Settings) -> asyncpg.Pool:
     """A pool on a reachable, migrated database. Raises StoreError."""
-    url = _url(settings.database_url, "TOLLGATE_DATABASE_URL")
+    url = _url(settings, settings.database_url, "TOLLGATE_DATABASE_URL", "postgres")
     try:
         pool = await asyncpg.create_pool(
             url,
@@ -81,7 +83,7 @@ async def open_redis(settings: Settings) -> Redis:
 
     One repeat at once, for a connection that went stale: every script may run twice.
     """
-    url = _url(settings.redis_url, "TOLLGATE_REDIS_URL")
+    url = _url(settings, settings.redis_url, "TOLLGATE_REDIS_URL", "redis")
     try:
         client = Redis.from_url(
             url,
@@ -100,10 +102,12 @@ async def open_redis(settings: Settings) -> Redis:
     return client
 
 
-def _url(setting: Secret, variable: str) -> str:
-    if not setting:
-        raise StoreError(f"{variable} is not set")
-    return setting.reveal()
+def _url(settings: Settings, chosen: Secret, variable: str, embedded: str) -> str:
+    """The URL that is set, else that of the embedded server of the data directory."""
+    url = chosen.reveal() or noted_url(Path(settings.data_dir), embedded)
+    if not url:
+        raise StoreError(f"{variable} is not set, and nothing runs in {settings.data_dir}")
+    return url
 
 
 def _where(url: str) -> str:

@@ -32,7 +32,7 @@ _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 _FORWARDED = ("authorization", "content-type", "idempotency-key", "accept")
 _RETURNED = frozenset(
     {"content-type", "idempotent-replayed", "retry-after", "x-should-retry", "x-request-id",
-     "content-disposition", "allow", "location"}
+     "content-disposition", "allow", "location", "cache-control", "www-authenticate"}
 )  # fmt: skip
 _BODY_LIMIT = 1_048_576
 _ANSWER_SECONDS = 30.0

@@ -69,9 +69,14 @@ class Bill:
         return min(cost_ucr(self._model.price, tokens), hold.credits_ucr)
 
     def of_stream(self, scanner: StreamScanner) -> tuple[TokenUsage, str]:
-        """Tokens of a stream so far: the provider's figure, else an estimate in bounds."""
+        """Tokens of a stream so far: the provider's figure, else an estimate in bounds.
+
+        Comments alone are no answer: a stream without a chunk costs nothing.
+        """
         if scanner.usage is not None:
             return scanner.usage, "exact"
+        if scanner.chunk_head is None:
+            return NOTHING, "void"
         return self._estimated(scanner.estimate_output()), "estimated"
 
     def of_answer(self, body: bytes, usage: TokenUsage | None) -> tuple[TokenUsage, str]:

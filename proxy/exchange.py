@@ -17,9 +17,10 @@ from accounting.contract.errors import (
     ProviderFailed,
     ProviderGarbled,
     ProviderTimeout,
+    ScopeMissing,
     Unavailable,
 )
-from accounting.contract.keyspace import KeyRecord
+from accounting.contract.keyspace import INFERENCE, KeyRecord
 from accounting.contract.usage_event import TokenUsage
 from proxy import replies, request_head
 from proxy.admission import Hold
@@ -101,7 +102,9 @@ class Exchange:
         model = services.routing.model(head.model)
         self._head, self._model = head, model
         self._bill = Bill(self._request_id, record, head, model, body, self._timing)
-        if services.draining:
+        if record.scopes and INFERENCE not in record.scopes:
+            raise ScopeMissing
+        if not services.admitting:
             raise Unavailable
         try:
             self._slot = services.journal.reserve()
@@ -233,7 +236,7 @@ class Exchange:
     def _pass_on(self, block: bytes, scanner: StreamScanner) -> None:
         if block:
             self._services.journal.progress(
-                self._slot, scanner.relayed_bytes, scanner.blocks, scanner.first_length
+                self._slot, scanner.counted_bytes, scanner.events, scanner.envelope
             )
             self._answer.stream(block)
         if scanner.failed is not None:
@@ -248,8 +251,16 @@ class Exchange:
             self._target_failed(self._relay.failure())
         elif self._relay.scanner is None:
             self._finish_plain(self._relay.body)
-        elif self._relay.scanner.finished:
-            self._finish_stream(self._relay.scanner)
+        else:
+            self._finish_unasked(self._relay.scanner)
+
+    def _finish_unasked(self, scanner: StreamScanner) -> None:
+        """The stream ended without `[DONE]`: fine after its last chunk, an error before."""
+        self._pass_on(scanner.finish(), scanner)
+        if self._ended:
+            return
+        if scanner.finished:
+            self._finish_stream(scanner)
         else:
             self._broken(ProviderFailed("The provider ended its answer early."))
 

@@ -9,6 +9,7 @@ A connection that turns to another lane is handed over whole, with every byte no
 """
 
 import asyncio
+import select
 from typing import TYPE_CHECKING, cast
 
 from accounting.contract.errors import Failure, RequestTimeout, Unavailable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from proxy.services import Services
 
 _LINGER_SECONDS = 2.0
+_HUNG_UP = getattr(select, "POLLRDHUP", 0)  # elsewhere than on Linux only a reset shows
 
 
 class FrontDoor(asyncio.Protocol):
@@ -201,7 +203,10 @@ class FrontDoor(asyncio.Protocol):
         if self._paused_at and now - self._paused_at > settings.stalled_client_seconds:
             self.cut()
         elif self._exchange is not None:
-            self._exchange.check_time(now)
+            if self._reading_paused and self._client_is_gone():
+                self.cut()
+            else:
+                self._exchange.check_time(now)
         elif self._lingering:
             if waited > _LINGER_SECONDS:
                 self.cut()
@@ -213,6 +218,13 @@ class FrontDoor(asyncio.Protocol):
                 self._time_out("The request head did not arrive in time.")
         elif waited > settings.idle_timeout_seconds:
             self.close()
+
+    def _client_is_gone(self) -> bool:
+        """Whether the client has closed: while reading is paused the loop does not tell."""
+        assert self._transport is not None
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), _HUNG_UP)
+        return bool(poll.poll(0))
 
     def _time_out(self, text: str) -> None:
         self._reader.refuse(RequestTimeout(text))

@@ -11,7 +11,7 @@ Slot layout, little-endian, 2048 bytes:
 |---|---|---|
 | 0 | 1 | state: 0 free, 1 open, 2 settled |
 | 4 | 4 | batch number of the settle within its shard; 0 = not sent yet |
-| 8 | 8 + 4 + 4 | progress: bytes relayed, blocks relayed, length of the first block |
+| 8 | 8 + 4 + 4 | progress: bytes relayed, events relayed, bytes of a chunk less its content |
 | 24 | 2 | length of the opening |
 | 26 | 2 | length of the settle |
 | 32 | 704 | the opening, MessagePack |
@@ -47,8 +47,8 @@ class Entry(NamedTuple):
     state: int
     batch: int
     relayed_bytes: int
-    blocks: int
-    first_length: int
+    events: int
+    envelope: int
     opening: bytes
     settle: bytes
 
@@ -89,8 +89,8 @@ class Journal:
         memory[start : start + len(opening)] = opening
         memory[slot] = OPEN
 
-    def progress(self, slot: int, relayed_bytes: int, blocks: int, first_length: int) -> None:
-        _PROGRESS.pack_into(self._map, slot + 8, relayed_bytes, blocks, first_length)
+    def progress(self, slot: int, relayed_bytes: int, events: int, envelope: int) -> None:
+        _PROGRESS.pack_into(self._map, slot + 8, relayed_bytes, events, envelope)
 
     def settle(self, slot: int, settle: bytes) -> None:
         """The exchange has ended: from here on its settle counts, not its opening."""
@@ -157,7 +157,7 @@ def _write_settle(memory: mmap.mmap, slot: int, settle: bytes) -> None:
 def _entry(at: int, slot: bytes) -> Entry:
     state = slot[0]
     (batch,) = _BATCH.unpack_from(slot, 4)
-    relayed_bytes, blocks, first_length = _PROGRESS.unpack_from(slot, 8)
+    relayed_bytes, events, envelope = _PROGRESS.unpack_from(slot, 8)
     (opening_length,) = _LENGTH.unpack_from(slot, 24)
     (settle_length,) = _LENGTH.unpack_from(slot, 26)
     return Entry(
@@ -165,8 +165,8 @@ def _entry(at: int, slot: bytes) -> Entry:
         state,
         batch,
         relayed_bytes,
-        blocks,
-        first_length,
+        events,
+        envelope,
         slot[_OPENING_AT : _OPENING_AT + opening_length],
         slot[_SETTLE_AT : _SETTLE_AT + settle_length] if state == SETTLED else b"",
     )

@@ -9,6 +9,7 @@ cost Redis about one call per round trip, and a lone request exactly one. Every 
 lease of one request; a growing lease would add one more ask to the same call.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,8 +73,18 @@ class KeyLease:
     def __repr__(self) -> str:
         return f"KeyLease({self.key_id}, {self.credits} µcr, {self.slots} open)"
 
+    def take(self, credits_ucr: int, tokens: int) -> None:
+        """A hold was granted; or its settle was sent, and no one knows whether it arrived."""
+        self.credits += credits_ucr
+        self.tokens += tokens
+        self.slots += 1
+
     def drop(self, credits_ucr: int, tokens: int) -> None:
-        """A hold of this lease is on its way to being settled."""
+        """A hold's settle was written to Redis's connection, ahead of any later lease call.
+
+        Not before: the next call would correct Redis to what this lease says, giving the
+        hold back while its charge is still to come.
+        """
         self.credits -= credits_ucr
         self.tokens -= tokens
         self.slots -= 1
@@ -131,7 +142,7 @@ class Leases:
             outcome = Stale()
         if outcome is not None:
             for ask in asks:
-                ask.on_admission(outcome)
+                _tell(ask.on_admission, outcome)
         elif asks:
             self._grant(lease, asks, reply)
         if lease.waiting and not lease.calling:
@@ -148,20 +159,18 @@ class Leases:
                 failure = refusal(verdict, detail_1, detail_2, ask.credits_ucr)
                 granted.append((ask.on_admission, failure))
                 continue
-            lease.credits += ask.credits_ucr
-            lease.tokens += ask.tokens
-            lease.slots += 1
+            lease.take(ask.credits_ucr, ask.tokens)
             lines = rate_headers(now, rpm, tpm, requests_tat, tokens_tat)
             granted.append((ask.on_admission, Hold(ask.credits_ucr, ask.tokens, now, lines)))
         for on_admission, outcome in granted:
-            on_admission(outcome)
+            _tell(on_admission, outcome)
 
     def _ask_epoch(self, asks: list[Ask]) -> None:
         """Workspace or key not in Redis: a lost Redis (503), or truly gone (401)."""
 
         def answered(filled: object) -> None:
             for ask in asks:
-                ask.on_admission(InvalidKey() if filled == 1 else Unavailable())
+                _tell(ask.on_admission, InvalidKey() if filled == 1 else Unavailable())
 
         self._pipe.send(pack(("EXISTS", keyspace.EPOCH)), answered)
 
@@ -183,8 +192,18 @@ class Leases:
     def _release(self, lease: KeyLease) -> None:
         del self._leases[lease.key_id]
         command = pack(("EVALSHA", _RELEASE, 2, *lease.field_words))
-        self._pipe.send(command, _ignore_reply)
+        self._pipe.send(command, lambda reply: self._released(lease, reply))
+
+    def _released(self, lease: KeyLease, reply: object) -> None:
+        """A release that failed is tried again, unless the key is in use once more."""
+        if isinstance(reply, Exception):
+            self._leases.setdefault(lease.key_id, lease)
 
 
-def _ignore_reply(reply: object) -> None:
-    """A lost release leaves a lease of zero, which the next lease of that key overwrites."""
+def _tell(on_admission: OnAdmission, outcome: Hold | Failure | Stale) -> None:
+    """One exchange's bug must not cost the others their answer."""
+    try:
+        on_admission(outcome)
+    except Exception as error:
+        loop = asyncio.get_running_loop()
+        loop.call_exception_handler({"message": "on_admission", "exception": error})

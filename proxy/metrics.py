@@ -57,6 +57,7 @@ METRICS = (
     Declared("tollgate_replayed_settles", "Settles found in dead workers' journals.", "counter"),
     Declared("tollgate_workers_ready", "Workers that serve.", "gauge"),
     Declared("tollgate_redis_up", "Workers connected to Redis.", "gauge"),
+    Declared("tollgate_gate_open", "Workers that may admit: Redis has its epoch.", "gauge"),
     Declared("tollgate_connections", "Client connections open.", "gauge"),
     Declared("tollgate_exchanges", "Exchanges under way.", "gauge"),
     Declared("tollgate_settles_unacknowledged", "Settles Redis has not confirmed.", "gauge"),

@@ -1,6 +1,6 @@
 """`/healthz`, `/readyz` and `/metrics` of one host, on the private port.
 
-`/healthz`: the supervisor runs. `/readyz`: every worker serves and has Redis. `/metrics`:
+`/healthz`: the supervisor runs. `/readyz`: every worker serves and may admit. `/metrics`:
 Prometheus text, summed over the workers.
 """
 
@@ -39,9 +39,9 @@ class Probes:
 
     async def _readyz(self, request: web.Request) -> web.Response:
         serving = self._metrics.total("tollgate_workers_ready")
-        connected = self._metrics.total("tollgate_redis_up")
-        ready = serving >= self._workers and connected >= self._workers
-        facts = {"ready": ready, "workers": serving, "redis": connected}
+        admitting = self._metrics.total("tollgate_gate_open")
+        ready = serving >= self._workers and admitting >= self._workers
+        facts = {"ready": ready, "workers": serving, "admitting": admitting}
         return web.json_response(facts, status=200 if ready else 503)
 
     async def _scrape(self, request: web.Request) -> web.Response:

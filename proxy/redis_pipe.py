@@ -7,7 +7,9 @@ others' business. Every command sent gets exactly one callback: with the reply, 
 Theory of operation: `send` appends packed bytes to a list and the callback to a queue; the
 list is written once at the end of the loop turn. A watchdog looks at the oldest waiting
 command; past the time-out the connection is given up and everything waiting fails, so a
-hung Redis costs an exchange one time-out at most and later ones nothing.
+hung Redis costs an exchange one time-out at most and later ones nothing. A new connection
+is greeted (password, database, scripts) before it carries anyone's command. A Redis that
+lost its scripts says so in a reply; they are loaded again at once.
 """
 
 import asyncio
@@ -23,6 +25,7 @@ from accounting.contract.scripts import SCRIPTS
 
 OnReply = Callable[[Any], None]
 pack = cast("Callable[[tuple[object, ...]], bytes]", hiredis.pack_command)
+_LOADS = [("SCRIPT", "LOAD", script.source) for script in SCRIPTS.values()]
 _FIRST_RETRY_SECONDS = 0.05
 _LAST_RETRY_SECONDS = 1.0
 
@@ -53,6 +56,7 @@ class RedisPipe(asyncio.Protocol):
         self._flush_planned = False
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
+        self._loading = False
         self.up = False
 
     def __repr__(self) -> str:
@@ -67,15 +71,17 @@ class RedisPipe(asyncio.Protocol):
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._transport is not None:
-            self._transport.abort()
-        self._fail_waiting()
+        self.up = False
+        self._drop()
 
     def send(self, packed: bytes, on_reply: OnReply) -> None:
         """Send one packed command; `on_reply` is called exactly once, never from inside."""
         if not self.up or len(self._waiting) >= self._pending_limit:
             self._loop.call_soon(on_reply, RedisDown())
             return
+        self._enqueue(packed, on_reply)
+
+    def _enqueue(self, packed: bytes, on_reply: OnReply) -> None:
         self._waiting.append((self._loop.time(), on_reply))
         self._outgoing.append(packed)
         if not self._flush_planned:
@@ -88,8 +94,11 @@ class RedisPipe(asyncio.Protocol):
 
     async def call(self, packed: bytes) -> Any:
         """One packed command, awaited. Raises RedisDown or hiredis.ReplyError."""
+        return await self._reply_to(packed, self.send)
+
+    async def _reply_to(self, packed: bytes, send: Callable[[bytes, OnReply], None]) -> Any:
         reply: asyncio.Future[Any] = self._loop.create_future()
-        self.send(packed, lambda got: None if reply.done() else reply.set_result(got))
+        send(packed, lambda got: None if reply.done() else reply.set_result(got))
         got = await reply
         if isinstance(got, Exception):
             raise got
@@ -116,10 +125,10 @@ class RedisPipe(asyncio.Protocol):
                     lambda: self, url.hostname or "127.0.0.1", url.port or 6379, ssl=context
                 )
             await self._greet()
+        self.up = True
         self._on_change(True)
 
     async def _greet(self) -> None:
-        self.up = True
         try:
             await self._introduce()
         except (RedisDown, hiredis.ReplyError, asyncio.CancelledError) as error:
@@ -127,17 +136,31 @@ class RedisPipe(asyncio.Protocol):
             if isinstance(error, asyncio.CancelledError):
                 raise
             raise ConnectionError(f"Redis refused the greeting: {error}") from None
+        if self._transport is None:
+            raise ConnectionError("Redis closed the connection after the greeting")
 
     async def _introduce(self) -> None:
         url = self._url
+        greeting: list[tuple[str, ...]] = []
         if url.password:
             name = [unquote(url.username)] if url.username else []
-            await self.command("AUTH", *name, unquote(url.password))
+            greeting.append(("AUTH", *name, unquote(url.password)))
         database = url.path.strip("/") if url.scheme != "unix" else ""
         if database:
-            await self.command("SELECT", database)
-        for script in SCRIPTS.values():
-            await self.command("SCRIPT", "LOAD", script.source)
+            greeting.append(("SELECT", database))
+        greeting += _LOADS
+        for words in greeting:
+            await self._reply_to(pack(words), self._enqueue)
+
+    def _load_scripts(self) -> None:
+        """Redis forgot them: later commands will find them again."""
+        if not self._loading:
+            self._loading = True
+            for words in _LOADS:
+                self.send(pack(words), self._loaded)
+
+    def _loaded(self, reply: object) -> None:
+        self._loading = False
 
     async def _keep(self) -> None:
         """Watch the oldest command; connect again after a loss, waiting longer each time."""
@@ -146,7 +169,7 @@ class RedisPipe(asyncio.Protocol):
                 try:
                     await asyncio.wait_for(self._lost.wait(), self._timeout / 4)
                 except TimeoutError:
-                    self._check_oldest()
+                    await self._check_oldest()
             pause = _FIRST_RETRY_SECONDS
             while not self.up:
                 try:
@@ -155,9 +178,16 @@ class RedisPipe(asyncio.Protocol):
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LAST_RETRY_SECONDS)
 
-    def _check_oldest(self) -> None:
-        if self._waiting and self._loop.time() - self._waiting[0][0] > self._timeout:
-            self._drop()
+    async def _check_oldest(self) -> None:
+        if self._late:
+            await asyncio.sleep(0.001)  # if it was this loop that stood still: read what is there
+            if self._late:
+                self._drop()
+
+    @property
+    def _late(self) -> bool:
+        waiting = self._waiting
+        return bool(waiting) and self._loop.time() - waiting[0][0] > self._timeout
 
     def _drop(self) -> None:
         transport, self._transport = self._transport, None
@@ -176,7 +206,14 @@ class RedisPipe(asyncio.Protocol):
     def _fail_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
         for _, on_reply in waiting:
-            on_reply(RedisDown())
+            self._tell(on_reply, RedisDown())
+
+    def _tell(self, on_reply: OnReply, reply: Any) -> None:
+        """One exchange's bug must not cost the others a reply."""
+        try:
+            on_reply(reply)
+        except Exception as error:
+            self._loop.call_exception_handler({"message": "on_reply", "exception": error})
 
     # asyncio.Protocol
 
@@ -184,19 +221,20 @@ class RedisPipe(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        reader = self._reader
-        waiting = self._waiting
-        reader.feed(data)
-        reply = reader.gets()
-        while reply is not False:
-            on_reply = waiting.popleft()[1]
-            try:
-                on_reply(reply)
-            except Exception as error:  # one exchange's bug must not cost the others a reply
-                self._loop.call_exception_handler({"message": "on_reply", "exception": error})
-            if self._waiting is not waiting:
-                return
+        reader, waiting = self._reader, self._waiting
+        try:
+            reader.feed(data)
             reply = reader.gets()
+            while reply is not False:
+                on_reply = waiting.popleft()[1]
+                self._tell(on_reply, reply)
+                if self._waiting is not waiting:
+                    return  # the connection was given up meanwhile
+                if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+                    self._load_scripts()
+                reply = reader.gets()
+        except (hiredis.ProtocolError, IndexError):  # not Redis, or more replies than commands
+            self._drop()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._transport is not None:

@@ -46,8 +46,8 @@ def settle_of_open(entry: Entry) -> Settle:
     opening = _opening_decoder.decode(entry.opening)
     event = opening.event
     tokens = TokenUsage()
-    if entry.blocks:
-        output = estimate_output(entry.relayed_bytes, entry.blocks, entry.first_length)
+    if entry.events:
+        output = estimate_output(entry.relayed_bytes, entry.events, entry.envelope)
         tokens = TokenUsage(
             input=min(opening.input_estimate, opening.input_bound),
             output=min(output, opening.output_bound),
@@ -59,7 +59,7 @@ def settle_of_open(entry: Entry) -> Settle:
         tokens=tokens,
         charge_ucr=charge,
         overrun_ucr=cost - charge,
-        settlement="estimated" if entry.blocks else "void",
+        settlement="estimated" if entry.events else "void",
         outcome="cut",
         answer_bytes=entry.relayed_bytes,
     )
@@ -70,7 +70,7 @@ def settle_of_open(entry: Entry) -> Settle:
         charge_ucr=charge,
         tokens_held=opening.tokens_held,
         tokens_used=tokens.input + tokens.output,
-        void_at_us=0 if entry.blocks else opening.admitted_at_us,
+        void_at_us=0 if entry.events else opening.admitted_at_us,
         event=encode_event(ended),
     )
 

@@ -40,3 +40,8 @@ class Services:
     connections: "set[FrontDoor]" = field(default_factory=set)
     exchanges: "set[Exchange]" = field(default_factory=set)
     draining: bool = False
+    gate_open: bool = False  # Redis holds what the ledger says: it has its epoch
+
+    @property
+    def admitting(self) -> bool:
+        return self.gate_open and not self.draining

@@ -3,12 +3,13 @@
 Owns the queue of settles per shard. At most one batch per shard is under way, numbered from
 1 in the order sent; a batch whose reply was lost is sent again under its number, and Redis
 takes each number once. Settles wait in the journal until acknowledged, so neither a crash
-nor an outage loses one.
+nor an outage loses one. A hold leaves its lease at the moment its settle is sent, and comes
+back should the reply be lost: a lease never says less than what Redis may still hold.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 import msgspec
@@ -18,6 +19,7 @@ from accounting.contract import keyspace
 from accounting.contract.scripts import SCRIPTS
 from accounting.contract.usage_event import join_events
 from proxy.journal import Journal
+from proxy.leases import KeyLease
 from proxy.redis_pipe import RedisPipe, pack
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -69,6 +71,14 @@ def batch_command(shard: int, boot: str, number: int, settles: list[Settle]) -> 
     )
 
 
+class _Waiting(NamedTuple):
+    """A settle on its way: where the journal has it, and the lease its hold is part of."""
+
+    settle: Settle
+    slot: int
+    lease: KeyLease | None
+
+
 class _Shard:
     """One shard's queue: what waits, and the batch under way."""
 
@@ -76,8 +86,8 @@ class _Shard:
 
     def __init__(self, shard: int) -> None:
         self.shard = shard
-        self.waiting: list[tuple[Settle, int]] = []
-        self.batch: list[tuple[Settle, int]] = []
+        self.waiting: list[_Waiting] = []
+        self.batch: list[_Waiting] = []
         self.command = b""
         self.number = 0
 
@@ -110,12 +120,13 @@ class Settlement:
     def __repr__(self) -> str:
         return f"Settlement(unacknowledged={self.unacknowledged})"
 
-    def submit(self, shard: int, settle: Settle, slot: int) -> None:
-        """Take over the end of a hold; its journal slot is freed once Redis has it."""
+    def submit(self, shard: int, settle: Settle, slot: int, lease: KeyLease | None = None) -> None:
+        """Take over the end of a hold: drop it from `lease` when its settle is sent, free its
+        journal slot once Redis has it."""
         queue = self._shards.get(shard)
         if queue is None:
             queue = self._shards[shard] = _Shard(shard)
-        queue.waiting.append((settle, slot))
+        queue.waiting.append(_Waiting(settle, slot, lease))
         self.unacknowledged += 1
         if not self._planned:
             self._plan(self._interval)
@@ -139,27 +150,33 @@ class Settlement:
                 batch = queue.waiting[: self._batch_limit]
                 del queue.waiting[: self._batch_limit]
                 queue.number += 1
-                for _, slot in batch:
-                    self._journal.batched(slot, queue.number)
+                for one in batch:
+                    self._journal.batched(one.slot, queue.number)
                 self._send(queue, batch)
 
-    def _send(self, queue: _Shard, batch: list[tuple[Settle, int]]) -> None:
+    def _send(self, queue: _Shard, batch: list[_Waiting]) -> None:
         queue.batch = batch
-        settles = [settle for settle, _ in batch]
+        settles = [one.settle for one in batch]
+        for settle, _, lease in batch:
+            if lease is not None:
+                lease.drop(settle.credits_ucr, settle.tokens_held)
         queue.command = batch_command(queue.shard, self._boot, queue.number, settles)
         self._pipe.send(queue.command, lambda reply: self._acknowledged(queue, reply))
 
     def _acknowledged(self, queue: _Shard, reply: object) -> None:
         queue.command = b""
         if isinstance(reply, Exception):
+            for settle, _, lease in queue.batch:
+                if lease is not None:
+                    lease.take(settle.credits_ucr, settle.tokens_held)
             if isinstance(reply, hiredis.ReplyError):
                 self._on_trouble(f"settle of shard {queue.shard} refused: {reply}")
             if not self._planned:
                 self._plan(_RETRY_SECONDS)
             return
         batch, queue.batch = queue.batch, []
-        for _, slot in batch:
-            self._journal.free(slot)
+        for one in batch:
+            self._journal.free(one.slot)
         self.unacknowledged -= len(batch)
         if not self.unacknowledged:
             self._idle.set()

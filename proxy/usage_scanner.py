@@ -49,6 +49,14 @@ class _Chunk(Struct):
     error: Raw = Raw()
 
 
+class _Choice(Struct):
+    delta: Raw = Raw()
+
+
+class _Delta(Struct):
+    content: Any = None
+
+
 class _Error(Struct):
     message: str | None = None
 
@@ -56,6 +64,8 @@ class _Error(Struct):
 _chunks = msgspec.json.Decoder(_Chunk)
 _answers = msgspec.json.Decoder(_Usage)
 _usages = msgspec.json.Decoder(ProviderUsage)
+_choices = msgspec.json.Decoder(list[_Choice])
+_deltas = msgspec.json.Decoder(_Delta)
 _errors = msgspec.json.Decoder(_Error)
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _NULL = Raw(b"null")
@@ -111,14 +121,14 @@ def estimate_input(request_bytes: int) -> int:
     return -(-request_bytes // _BYTES_PER_TOKEN)
 
 
-def estimate_output(relayed_bytes: int, blocks: int, first_length: int) -> int:
+def estimate_output(relayed_bytes: int, events: int, envelope: int) -> int:
     """Output tokens of a stream that gave no figure, from what was relayed of it.
 
-    Each block after the first counts one token at least; beyond the envelope of a chunk
-    (the length of the first, which has no content) four bytes count as one.
+    Each event after the first counts one token at least; beyond the envelope of a chunk
+    (its length without content) four bytes count as one.
     """
-    content = relayed_bytes - blocks * first_length
-    return max(blocks - 1, -(-max(0, content) // _BYTES_PER_TOKEN), 0)
+    content = relayed_bytes - events * envelope
+    return max(events - 1, -(-max(0, content) // _BYTES_PER_TOKEN), 0)
 
 
 def read_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
@@ -140,17 +150,19 @@ class StreamScanner:
     """
 
     __slots__ = (
-        "_closed", "_last", "_splitter", "_strip_nulls", "blocks", "chunk_head", "done", "failed",
-        "first_length", "relayed_bytes", "usage", "usage_raw",
+        "_closed", "_last", "_splitter", "_strip_nulls", "_twice", "_unread",
+        "chunk_head", "done", "envelope", "events", "failed", "relayed_bytes", "usage", "usage_raw",
     )  # fmt: skip
 
     def __init__(self, event_limit: int, strip_nulls: bool) -> None:
         self._splitter = EventSplitter(event_limit)
         self._strip_nulls = strip_nulls
-        self.first_length = 0
+        self.envelope = 0
+        self._twice = 0
+        self._unread = 0  # bytes of the first chunk that say who speaks, not what
         self._last = b""
         self._closed = False  # the usage chunk that ends an answer has passed
-        self.blocks = 0
+        self.events = 0
         self.relayed_bytes = 0
         self.chunk_head: _Chunk | None = None
         self.usage: TokenUsage | None = None
@@ -174,9 +186,9 @@ class StreamScanner:
             block = b"".join([self._keep(event) for event in split_events(block)])
             if not block:
                 return block
-        if not self.first_length:
+        if not self.envelope:
             self._read_first(block)
-        self.blocks += 1
+        self.events += 1 if len(block) < self._twice else max(1, block.count(b"data:"))
         self.relayed_bytes += len(block)
         if not block.startswith(b":"):
             self._last = block
@@ -197,7 +209,12 @@ class StreamScanner:
 
     def estimate_output(self) -> int:
         """Output tokens so far, from what was relayed."""
-        return estimate_output(self.relayed_bytes, self.blocks, self.first_length)
+        return estimate_output(self.counted_bytes, self.events, self.envelope)
+
+    @property
+    def counted_bytes(self) -> int:
+        """Relayed bytes as far as they can be content."""
+        return self.relayed_bytes - self._unread
 
     def _read_first(self, block: bytes) -> None:
         """The first chunk with a choice tells what all have in common."""
@@ -205,7 +222,9 @@ class StreamScanner:
             chunk = _decode(event_data(event))
             if chunk is not None and _has_choices(chunk):
                 self.chunk_head = chunk
-                self.first_length = len(event)
+                self.envelope, content = _without_content(event, bytes(chunk.choices))
+                self._unread = 0 if content else len(event) - self.envelope
+                self._twice = 2 * self.envelope
                 return
 
     def _keep(self, event: bytes) -> bytes:
@@ -246,6 +265,16 @@ class StreamScanner:
         if usage is not None:
             self.usage = usage
             self.usage_raw = raw.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def _without_content(event: bytes, choices: bytes) -> tuple[int, bool]:
+    """Bytes of a chunk like this one, were its content empty; and whether this one's is not."""
+    try:
+        delta = bytes(_choices.decode(choices)[0].delta)
+        content = bool(_deltas.decode(delta).content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
+        return len(event), False
+    return len(event) - len(delta) + len(b'{"content":""}'), content
 
 
 def _has_choices(chunk: _Chunk) -> bool:

@@ -36,6 +36,8 @@ from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
 _DRAIN_LOOK_SECONDS = 0.02
+_GATE_OPEN_SECONDS = 1.0
+_GATE_CLOSED_SECONDS = 0.05
 _SETTLE_WAIT_SECONDS = 10.0
 _HEARTBEATS_KEPT = 15
 _GC_THRESHOLDS = (50_000, 20, 50)
@@ -117,6 +119,7 @@ class Worker:
         )
         self._tasks = [
             self._loop.create_task(self._sweep()),
+            self._loop.create_task(self._watch_gate()),
             self._loop.create_task(self._beat()),
             self._loop.create_task(self._replay_orphans()),
         ]
@@ -190,6 +193,20 @@ class Worker:
             counters.set("tollgate_exchanges", len(services.exchanges))
             counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
             counters.set("tollgate_journal_slots_used", services.journal.used)
+
+    async def _watch_gate(self) -> None:
+        """Admit only while Redis has its epoch: without it, it is being filled anew."""
+        services = self.services
+        while True:
+            try:
+                found = await self._pipe.command("EXISTS", keyspace.EPOCH) == 1
+            except (RedisDown, hiredis.ReplyError):
+                found = False
+            if found != services.gate_open:
+                services.gate_open = found
+                self._counters.set("tollgate_gate_open", int(found))
+                say("gate open" if found else "gate closed")
+            await asyncio.sleep(_GATE_OPEN_SECONDS if found else _GATE_CLOSED_SECONDS)
 
     async def _beat(self) -> None:
         """Say that this boot lives."""

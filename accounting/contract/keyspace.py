@@ -35,6 +35,7 @@ STREAM_GROUP = "accounting"
 
 ACTIVE, SUSPENDED = 1, 2  # a workspace's state
 LIVE, REVOKED = 1, 2  # a key's state
+INFERENCE, ACCOUNT = "inference", "account"  # a key's scopes: to call models, to see the account
 
 
 class Wallet(Struct, array_like=True):
