@@ -235,8 +235,7 @@ class Scene:
         listener = listen(Address("127.0.0.1", 0), 1)[0]
         started = Worker(self.settings, 0, path)
         task = asyncio.create_task(started.run(listener))
-        ready = metrics.cell("tollgate_workers_ready")
-        await eventually(lambda: task.done() or started._counters.cells[ready])
+        await eventually(lambda: task.done() or started.services.gate_open)
         if task.done():
             await task
         proxy = Proxy(started, listener.getsockname()[1], task)

@@ -307,7 +307,7 @@ async def test_a_stream_without_figures_is_estimated(proxy: Scene, shape: str) -
     assert event.settlement == "estimated"
     assert answer.events[-2]["usage"]["estimated"] is True
     assert event.tokens.input == -(-event.request_bytes // 4)
-    assert 90 <= event.tokens.output <= 100  # 400 bytes of content, at most what was asked for
+    assert 80 <= event.tokens.output <= 100  # 400 bytes of content, at most what was asked for
 
 
 @pytest.mark.parametrize("shape", ["normal", "null", "constant", "missing", "junk"])
