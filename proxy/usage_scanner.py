@@ -179,9 +179,10 @@ class StreamScanner:
             block = block.replace(b',"usage":null', b"")
         in_question = b"[DONE]" in block or b'"error"' in block
         if b'"usage"' in block:
-            if self._strip_nulls:
-                block = _USAGE_NULL.sub(b"", block)
             in_question = in_question or _USAGE_VALUE.search(block) is not None
+            if self._strip_nulls and not in_question:
+                in_question = b'"choices":[]' in block
+                block = block if in_question else _without_nulls(block)
         if in_question:
             block = b"".join([self._keep(event) for event in split_events(block)])
             if not block:
@@ -246,7 +247,7 @@ class StreamScanner:
             self._read_usage(event)
             return b""
         if bytes(chunk.usage) in _NO_USAGE:
-            return event
+            return self._keep_without_usage(event, chunk)
         self._note_usage(bytes(chunk.usage))
         if _has_choices(chunk):
             return _without_usage(data, self._strip_nulls)
@@ -254,6 +255,12 @@ class StreamScanner:
         if self.chunk_head is None:
             self.chunk_head = chunk
         return b""
+
+    def _keep_without_usage(self, event: bytes, chunk: _Chunk) -> bytes:
+        """A usage chunk that says null is as little for the client as one with figures."""
+        if not self._strip_nulls or not bytes(chunk.usage):
+            return event
+        return _without_nulls(event) if _has_choices(chunk) else b""
 
     def _read_usage(self, event: bytes) -> None:
         chunk = _decode(event_data(event))
@@ -275,6 +282,12 @@ def _without_content(event: bytes, choices: bytes) -> tuple[int, bool]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
         return len(event), False
     return len(event) - len(delta) + len(b'{"content":""}'), content
+
+
+def _without_nulls(block: bytes) -> bytes:
+    """Without `"usage":null`, which a client that asked for no usage does not expect."""
+    block = block.replace(b',"usage":null', b"")
+    return _USAGE_NULL.sub(b"", block) if b'"usage"' in block else block
 
 
 def _has_choices(chunk: _Chunk) -> bool:

@@ -402,7 +402,7 @@ def test_the_first_chunk_with_a_choice_stands_for_all() -> None:
     _, scanner = run([b": ping\n\n" + opening, first + chunk("x" * 400)])
     assert scanner.chunk_head is not None
     assert (scanner.chunk_head.id, scanner.chunk_head.model) == ("chatcmpl-1", "m")
-    assert scanner.first_length == len(first)
+    assert scanner.envelope == len(first)
 
 
 def test_an_answer_of_usage_alone_still_names_itself() -> None:
@@ -415,7 +415,7 @@ def test_output_of_an_unmetered_stream_is_estimated_without_envelopes() -> None:
     events = [chunk(""), *[chunk("word", usage={"cost": 1}) for _ in range(50)]]
     _, scanner = run([*events, DONE])
     assert scanner.usage is None
-    assert scanner.blocks == 51
+    assert scanner.events == 51
     assert scanner.estimate_output() == 50  # four letters each, whatever surrounds them
 
 
