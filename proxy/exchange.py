@@ -361,9 +361,8 @@ class Exchange:
             hold, tokens, settlement, outcome, status, served, relayed, services.now()
         )
         settle = self._bill.settle(hold, event)
-        self._lease.drop(hold.credits_ucr, hold.tokens)
         services.journal.settle(self._slot, encode_settle(settle))
-        services.settlement.submit(self._lease.shard, settle, self._slot)
+        services.settlement.submit(self._lease.shard, settle, self._slot, self._lease)
         services.counters.settled(event)
 
     def _done(self) -> None:

@@ -385,7 +385,7 @@ async def test_a_stream_over_http_1_0_is_not_chunked(proxy: Scene) -> None:
     upstream >> DONE + STREAM_END
     status, headers = await client.status()
     assert (status, headers["connection"]) == (200, "close")
-    assert [event for event in read_events(await client.rest())][-1] == "[DONE]"
+    assert read_events(await client.rest())[-1] == "[DONE]"
 
 
 # What clients are told of their limits
