@@ -6,6 +6,7 @@ drift, 2 settings or arguments are wrong. What goes wrong is one line on stderr.
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ def say(text: str) -> None:
 
 async def _run(settings: Settings) -> int:
     log_lines.start()
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)  # store_states.py says it in one line
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -78,6 +80,8 @@ async def _run(settings: Settings) -> int:
 
 
 async def _migrate(settings: Settings) -> int:
+    if not settings.database_url:
+        raise StoreError("TOLLGATE_DATABASE_URL is not set")
     for name in await migrate(settings.database_url.reveal()):
         say(f"applied {name}")
     return 0

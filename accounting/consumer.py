@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any
 
 import asyncpg
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from accounting import usage_posting, usage_records
@@ -43,24 +43,34 @@ _TRANSACTION_BYTES = 1024 * 1024  # of events, some thousands, in one SQL transa
 _SHARE_SECONDS = 2.0
 _REDIS_PATIENCE_SECONDS = 5.0
 _PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-_SESSION_LIMITS = {
-    # A stopped or unreachable process must not keep its shards: Postgres ends its session.
-    "idle_session_timeout": "15s",
-    "idle_in_transaction_session_timeout": "15s",
-    "tcp_keepalives_idle": "5",
-    "tcp_keepalives_interval": "2",
-    "tcp_keepalives_count": "3",
-    "jit": "off",
-    "application_name": "tollgate accounting",
-}
+_SESSION = """
+-- A stopped or unreachable process must not keep its shards: Postgres ends its session.
+set idle_session_timeout = '15s';
+set idle_in_transaction_session_timeout = '15s';
+set tcp_keepalives_idle = 5;
+set tcp_keepalives_interval = 2;
+set tcp_keepalives_count = 3;
+set jit = off;
+set application_name = 'tollgate accounting'
+"""
 _log = logging.getLogger("tollgate.accounting")
 
 
 class Consumer:
     """One session's worth of shards. Run `run` as a task, end it with `stop`."""
 
-    def __init__(self, settings: Settings, counters: Counters, states: StoreStates) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        pool: asyncpg.Pool,
+        redis: Redis,
+        counters: Counters,
+        states: StoreStates,
+    ) -> None:
+        """One connection of the pool is kept for the session, and one like `redis`'s."""
         self._settings = settings
+        self._pool = pool
+        self._redis = redis
         self._counters = counters
         self._states = states
         self._stopping = asyncio.Event()
@@ -101,22 +111,18 @@ class Consumer:
         self._owned = shards
 
     async def _session(self) -> None:
-        settings = self._settings
-        connection = await asyncpg.connect(
-            settings.database_url.reveal(),
-            timeout=settings.database_timeout_seconds,
-            command_timeout=settings.database_timeout_seconds,
-            server_settings=_SESSION_LIMITS,
-        )
-        patience = self._wait_seconds + _REDIS_PATIENCE_SECONDS
-        redis = Redis.from_url(settings.redis_url.reveal(), socket_timeout=patience)
+        connection = await self._pool.acquire(timeout=self._settings.database_timeout_seconds)
+        redis = _patient(self._redis, self._wait_seconds + _REDIS_PATIENCE_SECONDS)
         try:
+            await connection.execute(_SESSION)
             locks = ShardLocks(connection)
             await locks.join()
-            stream = UsageStream(redis, settings.accounting_batch)
+            stream = UsageStream(redis, self._settings.accounting_batch)
             await self._post_shards(connection, locks, stream)
         finally:
-            connection.terminate()
+            with suppress(asyncpg.InterfaceError):  # lost, and taken back by the pool already
+                connection.terminate()
+            await self._pool.release(connection)
             await redis.aclose()
 
     async def _post_shards(self, connection: Any, locks: ShardLocks, stream: UsageStream) -> None:
@@ -209,6 +215,13 @@ class Consumer:
             counters.quarantined += posted.quarantined
             _log.error("%d usage events went to quarantine", posted.quarantined)
         await stream.done(entries)
+
+
+def _patient(redis: Redis, timeout_seconds: float) -> Redis:
+    """A client of the same Redis that waits longer for a reply: reads of streams block."""
+    pool = redis.connection_pool
+    arguments = {**pool.connection_kwargs, "socket_timeout": timeout_seconds}
+    return Redis.from_pool(ConnectionPool(pool.connection_class, **arguments))
 
 
 def _parts(entries: list[Entry]) -> Iterator[list[Entry]]:

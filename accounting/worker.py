@@ -27,7 +27,7 @@ from accounting.store_states import POSTGRES, REDIS, StoreStates
 from accounting.stores import OUTAGES, open_postgres, open_redis
 
 _CONSUMERS = 2  # one decodes while Postgres works for the other
-_CONNECTIONS = 4  # a rebuild needs that many at once
+_CHORE_CONNECTIONS = 4  # a rebuild needs that many at once
 _CHORES_SECONDS = 0.5
 _PARTITIONS_SECONDS = 3600.0
 _log = logging.getLogger("tollgate.accounting")
@@ -37,7 +37,7 @@ class Worker:
     """One accounting process. `counters` may be read at any time."""
 
     def __init__(self, settings: Settings) -> None:
-        connections = max(_CONNECTIONS, settings.database_connections)
+        connections = max(_CHORE_CONNECTIONS + _CONSUMERS, settings.database_connections)
         self._settings = msgspec.structs.replace(settings, database_connections=connections)
         self._states = StoreStates()
         self.counters = Counters()
@@ -59,7 +59,8 @@ class Worker:
 
     async def _work(self, pool: asyncpg.Pool, redis: Redis, stopping: asyncio.Event) -> None:
         consumers = [
-            Consumer(self._settings, self.counters, self._states) for _ in range(_CONSUMERS)
+            Consumer(self._settings, pool, redis, self.counters, self._states)
+            for _ in range(_CONSUMERS)
         ]
         chores = Chores(self._settings, pool, redis, self.counters, self._states)
         tasks = [asyncio.create_task(chores.run())]

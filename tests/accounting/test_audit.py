@@ -294,7 +294,7 @@ async def test_it_is_exact_while_everything_moves(
     async with pool_on(database_url, size=8) as pool:
         await redis_client.set(EPOCH, "filled")
         tenants = [await Tenant.make(pool, redis_client, PLENTY, shard=n % 3) for n in range(6)]
-        consumer = Consumer(settings, Counters(), StoreStates())
+        consumer = Consumer(settings, pool, redis_client, Counters(), StoreStates())
         consuming = asyncio.create_task(consumer.run())
         busy = True
 

@@ -19,6 +19,7 @@ from accounting.contract.keyspace import EPOCH, workspace_key
 from accounting.contract.settings import Secret, Settings
 from accounting.worker import Worker
 from tests.accounting.scene import PLENTY, Boot, Tenant, pool_on
+from tests.accounting.wire import Wire
 from tests.waiting import eventually, free_port
 
 PARTITIONS = "select inhrelid::regclass::text from pg_inherits"
@@ -135,6 +136,32 @@ async def test_run_starts_says_so_and_stops_in_order(
         assert (process.returncode, out) == (0, b"")
         assert said[0] == "accounting runs"
         assert said[-1] == "accounting has stopped"
+
+
+async def test_an_outage_of_postgres_is_two_lines(
+    database_url: str, redis_url: str, redis_client: Redis
+) -> None:
+    async with Wire(database_url) as wire, pool_on(database_url) as pool:
+        await redis_client.set(EPOCH, "filled")
+        tenant = await Tenant.make(pool, redis_client, PLENTY)
+        urls = {"TOLLGATE_DATABASE_URL": wire.url, "TOLLGATE_REDIS_URL": redis_url}
+        process = await start("run", **urls)
+        assert process.stderr is not None
+
+        async def said() -> str:
+            assert process.stderr is not None
+            line = await asyncio.wait_for(process.stderr.readline(), 20)
+            return str(msgspec.json.decode(line)["text"])
+
+        assert await said() == "accounting runs"
+        wire.cut()
+        assert (await said()).startswith("Postgres does not answer: ")
+        await Boot(redis_client).serve(tenant, 5)
+        wire.mend()
+        assert await said() == "Postgres answers again"
+        process.terminate()
+        assert await said() == "accounting has stopped"
+        assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
 
 
 async def test_killed_again_and_again_it_loses_nothing(
