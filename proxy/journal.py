@@ -58,9 +58,11 @@ class Journal:
 
     def __init__(self, path: Path, slots: int) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        unnamed = path.with_suffix(".new")  # no one takes it for an orphan until it is locked
+        self._descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(self._descriptor, slots * SLOT_BYTES)
+        unnamed.rename(path)
         self._map = mmap.mmap(self._descriptor, slots * SLOT_BYTES)
         self._free = list(range((slots - 1) * SLOT_BYTES, -1, -SLOT_BYTES))
         self._slots = slots
@@ -137,6 +139,11 @@ class OrphanJournal:
         _BATCH.pack_into(self._map, slot + 4, batch)
         if self._map[slot] == OPEN:
             _write_settle(self._map, slot, settle)
+
+    def free(self, slot: int) -> None:
+        """Redis has the settle."""
+        assert self._map is not None
+        self._map[slot] = FREE
 
     def close(self, remove: bool) -> None:
         if self._map is not None:

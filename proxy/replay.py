@@ -78,27 +78,31 @@ def settle_of_open(entry: Entry) -> Settle:
 async def replay(journal: OrphanJournal, pipe: RedisPipe) -> int:
     """Settle everything in a dead worker's journal and retire its boot.
 
-    Returns how many settles it held. Raises RedisDown; the journal then stays for later,
-    and a second replay sends the same batches under the same numbers.
+    Returns how many settles it held. Raises RedisDown or ReplyError; the journal then stays
+    for later, and a second replay sends what is left of it under the same numbers. Raises
+    msgspec.DecodeError, before anything is sent, for a journal this version cannot read.
     """
-    batches: dict[tuple[int, int], list[Settle]] = {}
-    unsent: dict[int, list[tuple[Entry, Settle]]] = {}
+    batches: dict[tuple[int, int], list[tuple[int, Settle]]] = {}
+    unsent: dict[int, list[tuple[int, Settle]]] = {}
     for entry in journal.entries():
         settle = _settle_of(entry)
         shard = keyspace.shard_of(settle.workspace_id)
         if entry.batch:
-            batches.setdefault((shard, entry.batch), []).append(settle)
+            batches.setdefault((shard, entry.batch), []).append((entry.slot, settle))
         else:
-            unsent.setdefault(shard, []).append((entry, settle))
+            unsent.setdefault(shard, []).append((entry.slot, settle))
     for shard, found in unsent.items():
         number = max([0] + [batch for at, batch in batches if at == shard])
         number = max(number, await _last_number(pipe, journal.boot, shard))
-        for index, (entry, settle) in enumerate(found):
+        for index, (slot, settle) in enumerate(found):
             batch = number + 1 + index // _BATCH
-            journal.settle(entry.slot, encode_settle(settle), batch)
-            batches.setdefault((shard, batch), []).append(settle)
-    for (shard, number), settles in sorted(batches.items()):
+            journal.settle(slot, encode_settle(settle), batch)
+            batches.setdefault((shard, batch), []).append((slot, settle))
+    for (shard, number), found in sorted(batches.items()):
+        settles = [settle for _, settle in found]
         await pipe.call(batch_command(shard, journal.boot, number, settles))
+        for slot, _ in found:  # once the boot is retired, Redis no longer knows its numbers
+            journal.free(slot)
     await retire(pipe, journal.boot)
     return sum(map(len, batches.values()))
 
