@@ -45,7 +45,7 @@ SEARCH = settings(
 workspaces = st.sampled_from(WORKSPACES)
 keys = st.sampled_from(KEYS)
 boots = st.sampled_from(BOOTS)
-small = st.integers(0, 400)
+small = st.one_of(st.sampled_from([0, 100, 200]), st.integers(0, 400))  # round ones meet limits
 credits = st.one_of(*[small] * 9, st.sampled_from([10**6, MAX // 2, MAX // 2 + 1]))
 asks = st.builds(Ask, credits, st.integers(0, 60), st.sampled_from([1] * 9 + [0]))
 LIMITS: dict[str, st.SearchStrategy[int]] = {
@@ -54,7 +54,7 @@ LIMITS: dict[str, st.SearchStrategy[int]] = {
     "tokens_per_minute": st.sampled_from([40, 60, 100, 997]),
     "tokens_per_day": st.integers(50, 300),
     "concurrency": st.integers(1, 4),
-    "cost_cap_ucr": st.one_of(st.integers(0, 1500), st.just(MAX)),
+    "cost_cap_ucr": st.sampled_from([0, 100, 300, 500, 1000, MAX]),
 }
 limits = st.one_of(  # none, one or two of them: with more, nearly everything is refused
     st.just({}),

@@ -257,11 +257,14 @@ def test_a_completed_request_is_not_given_back(clocked: Store) -> None:
     assert clocked.lease(WS, Ask()).outcomes == [REQUESTS]
 
 
-def test_a_void_of_before_the_bucket_was_full_gives_nothing_back(clocked: Store) -> None:
+@pytest.mark.parametrize("passed", [1_000_000, 1_000_001, 2_000_000])
+def test_a_void_of_before_the_bucket_was_full_gives_nothing_back(
+    clocked: Store, passed: int
+) -> None:
     fill(clocked, 1)
-    clocked.set_clock(NOON + 2_000_000)  # the bucket has been full again meanwhile
+    clocked.set_clock(NOON + passed)  # the bucket is full again, at its first moment even
     assert clocked.lease(WS, *[Ask()] * 60, mine=(0, 0, 1)).outcomes == [ADMITTED] * 60
-    assert clocked.counters(WS).busy_since == NOON + 2_000_000
+    assert clocked.counters(WS).busy_since == NOON + passed
     clocked.settle(1, Row(WS, voids=(NOON,)))
     assert clocked.lease(WS, Ask(), mine=(0, 0, 60)).outcomes == [REQUESTS]
 
