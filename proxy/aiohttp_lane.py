@@ -8,10 +8,12 @@ starts at the front door again.
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import aiohttp
 import msgspec
 from aiohttp import web
+from yarl import URL
 
 from accounting.contract.catalogue import Model
 from accounting.contract.errors import (
@@ -20,6 +22,7 @@ from accounting.contract.errors import (
     InvalidKey,
     MethodNotAllowed,
     NotFound,
+    RequestTimeout,
     Unavailable,
 )
 from accounting.contract.keyspace import KeyRecord
@@ -28,6 +31,7 @@ from proxy.keys import Keys
 from proxy.routing import Routing
 
 _PASSED_ON = ("/v1/account/", "/v1/usage")
+_DOTS = frozenset({".", ".."})  # a path that climbs would reach more than is passed on
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 _FORWARDED = ("authorization", "content-type", "idempotency-key", "accept")
 _RETURNED = frozenset(
@@ -47,6 +51,7 @@ class AiohttpLane:
         self._keys = keys
         self._routing = routing
         self._admin = f"http://{settings.admin_listen}"
+        self._body_seconds = settings.body_timeout_seconds
         self._server = web.Server(self._answer, access_log=None)
         self._client: aiohttp.ClientSession | None = None
         self._created = 0
@@ -68,22 +73,23 @@ class AiohttpLane:
         return response
 
     async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.path
+        target = _target(request)
+        path = unquote(target.partition("?")[0])
         if path == "/v1/models" or path.startswith("/v1/models/"):
-            return await self._models(request)
-        if path.startswith(_PASSED_ON):
-            return await self._pass_on(request)
+            return await self._models(request, path)
+        if path.startswith(_PASSED_ON) and not _DOTS & set(path.split("/")):
+            return await self._pass_on(request, target)
         raise NotFound(f"There is nothing at {request.method} {path[:200]}.")
 
     # The model list
 
-    async def _models(self, request: web.BaseRequest) -> web.Response:
+    async def _models(self, request: web.BaseRequest, path: str) -> web.Response:
         if request.method != "GET":
             raise MethodNotAllowed("Use GET here.")
         record = await self._key(request)
         allowed = record.allowed_models
         models = self._routing.catalogue.models
-        name = request.path.removeprefix("/v1/models").removeprefix("/")
+        name = path.removeprefix("/v1/models").removeprefix("/")
         if name:
             model = self._routing.model(name)
             return _json(_described(model))
@@ -105,7 +111,7 @@ class AiohttpLane:
 
     # The admin API behind
 
-    async def _pass_on(self, request: web.BaseRequest) -> web.Response:
+    async def _pass_on(self, request: web.BaseRequest, target: str) -> web.Response:
         if request.method not in _METHODS:
             raise MethodNotAllowed()
         if "authorization" not in request.headers:
@@ -115,7 +121,7 @@ class AiohttpLane:
         try:
             async with self._session().request(
                 request.method,
-                self._admin + request.raw_path,
+                URL(self._admin + target, encoded=True),
                 data=body,
                 headers=headers,
                 allow_redirects=False,
@@ -130,12 +136,16 @@ class AiohttpLane:
         length = request.content_length
         if length is not None and length > _BODY_LIMIT:
             raise BodyTooLarge
-        body = b""
-        async for piece in request.content.iter_any():
-            body += piece
-            if len(body) > _BODY_LIMIT:
-                raise BodyTooLarge
-        return body
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                async for piece in request.content.iter_any():
+                    body += piece
+                    if len(body) > _BODY_LIMIT:
+                        raise BodyTooLarge
+        except (TimeoutError, ConnectionError):  # late, or its sender has left
+            raise RequestTimeout("The request body did not arrive in time.") from None
+        return bytes(body)
 
     def _session(self) -> aiohttp.ClientSession:
         if self._client is None:
@@ -145,6 +155,15 @@ class AiohttpLane:
                 trust_env=False,
             )
         return self._client
+
+
+def _target(request: web.BaseRequest) -> str:
+    """Path and query as the client wrote them, also out of the absolute form."""
+    target = request.raw_path
+    if not target.startswith("/") and "://" in target:
+        _, slash, rest = target.partition("://")[2].partition("/")
+        target = slash + rest
+    return target
 
 
 def _described(model: Model) -> dict[str, Any]:
