@@ -40,6 +40,7 @@ _RETURNED = frozenset(
 )  # fmt: skip
 _BODY_LIMIT = 1_048_576
 _ANSWER_SECONDS = 30.0
+_LINGER_SECONDS = 1.0  # for a client still sending what was refused to read the refusal
 _encode = msgspec.json.Encoder().encode
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -52,7 +53,7 @@ class AiohttpLane:
         self._routing = routing
         self._admin = f"http://{settings.admin_listen}"
         self._body_seconds = settings.body_timeout_seconds
-        self._server = web.Server(self._answer, access_log=None)
+        self._server = web.Server(self._answer, access_log=None, lingering_time=_LINGER_SECONDS)
         self._client: aiohttp.ClientSession | None = None
         self._created = 0
 
