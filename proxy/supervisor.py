@@ -10,11 +10,13 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from accounting.contract import catalogue
 from accounting.contract.settings import Address, Settings
 from proxy import metrics
 from proxy.probes import Probes
+from proxy.redis_pipe import RedisPipe
 from proxy.worker import say
 
 _BACKLOG = 4096
@@ -45,6 +47,7 @@ class Supervisor:
             catalogue.load(self._settings.catalogue, os.environ, self._settings.sandbox)
         except catalogue.CatalogueError as error:
             raise StartError(str(error)) from None
+        await _reach_redis(self._settings)
         self._sockets = listen(self._settings.listen, self._count)
         self._metrics_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         metrics.create(self._metrics_path, self._count)
@@ -89,6 +92,8 @@ class Supervisor:
         while not self._stopping.is_set():
             started = loop.time()
             process = self._processes[row] = await self._spawn(row)
+            if self._stopping.is_set():  # it came too late to be told with the others
+                _signal(process, signal.SIGTERM)
             code = await process.wait()
             del self._processes[row]
             if self._stopping.is_set():
@@ -117,6 +122,20 @@ class Supervisor:
     def _reload(self) -> None:
         for process in self._processes.values():
             _signal(process, signal.SIGHUP)
+
+
+async def _reach_redis(settings: Settings) -> None:
+    """Say it once, before each worker does. Raises StartError."""
+    url = settings.redis_url.reveal()
+    pipe = RedisPipe(url, settings.redis_timeout_seconds, settings.redis_pending, lambda up: None)
+    try:
+        await pipe.start()
+    except (OSError, TimeoutError) as error:
+        where = urlsplit(url)
+        address = f"{where.hostname}:{where.port or 6379}" if where.hostname else where.path
+        why = str(error) or "no answer in time"
+        raise StartError(f"cannot reach Redis at {address}: {why}") from None
+    await pipe.stop()
 
 
 def listen(address: Address, count: int) -> list[socket.socket]:

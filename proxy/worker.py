@@ -113,6 +113,7 @@ class Worker:
             self._loop.add_signal_handler(number, self._stopping.set)
         self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         await self._pipe.start()
+        await self._look_at_gate()
         services = self.services
         self._server = await self._loop.create_server(
             lambda: FrontDoor(services), sock=listener, backlog=4096
@@ -196,17 +197,21 @@ class Worker:
 
     async def _watch_gate(self) -> None:
         """Admit only while Redis has its epoch: without it, it is being filled anew."""
-        services = self.services
         while True:
-            try:
-                found = await self._pipe.command("EXISTS", keyspace.EPOCH) == 1
-            except (RedisDown, hiredis.ReplyError):
-                found = False
-            if found != services.gate_open:
-                services.gate_open = found
-                self._counters.set("tollgate_gate_open", int(found))
-                say("gate open" if found else "gate closed")
+            found = await self._look_at_gate()
             await asyncio.sleep(_GATE_OPEN_SECONDS if found else _GATE_CLOSED_SECONDS)
+
+    async def _look_at_gate(self) -> bool:
+        services = self.services
+        try:
+            found: bool = await self._pipe.command("EXISTS", keyspace.EPOCH) == 1
+        except (RedisDown, hiredis.ReplyError):
+            found = False
+        if found != services.gate_open:
+            services.gate_open = found
+            self._counters.set("tollgate_gate_open", int(found))
+            say("gate open" if found else "gate closed")
+        return found
 
     async def _beat(self) -> None:
         """Say that this boot lives."""
