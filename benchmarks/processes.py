@@ -1,10 +1,7 @@
-"""The processes of a benchmark: started, pinned to cores, and their CPU counted.
+"""The processes of a benchmark: started on their cores, waited for, ended.
 
-Owns starting and stopping (stand-in, nginx, a gateway), the cores they may use, and CPU
-seconds from the kernel's accounting. Leaves what is run on them to `scenarios`.
-
-CPU of a process tree is user plus system time of every live process in it and of the
-children they have reaped, in ticks of 10 ms, so a window should last seconds.
+Owns starting and stopping (stand-in, any gateway) and the choice of cores. Leaves nginx to
+`nginx`, Tollgate itself to `product`, CPU and memory to `kernel`.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -20,45 +16,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+from benchmarks.kernel import pin_tree
+
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
-
-NGINX_CONFIG = """\
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log error;
-events {{ worker_connections 16384; }}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
-  keepalive_requests 1000000;
-  client_max_body_size 64m;
-  upstream provider {{
-    server {upstream};
-    keepalive 1024;
-    keepalive_requests 1000000;
-  }}
-  server {{
-    listen 127.0.0.1:{port} backlog=4096;
-    location / {{
-      proxy_pass http://provider;
-      proxy_http_version 1.1;
-      proxy_set_header Connection "";
-      proxy_buffering off;
-      proxy_read_timeout 300s;
-    }}
-  }}
-}}
-"""
 
 
 class Cores(NamedTuple):
@@ -96,11 +61,14 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    command: Sequence[str], core: int | None, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    core: int | None,
+    environment: Mapping[str, str] | None = None,
+    stop_seconds: float = STOP_SECONDS,
 ) -> AsyncIterator[Running]:
-    """Run `command` on `core` until the block ends; SIGTERM, then SIGKILL after 15 s.
+    """Run `command` on `core` until the block ends; SIGTERM, then SIGKILL after `stop_seconds`.
 
-    `environment` is added to this process's own.
+    `environment` is added to this process's own, without that of a Tollgate.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         output = Path(folder) / "output.log"
@@ -110,22 +78,27 @@ async def running(
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
-                env={**os.environ, **(environment or {})},
+                env={**own_environment(), **(environment or {})},
                 start_new_session=True,
             )
         try:
             pin_tree([process.pid], core)
             yield Running(process, output)
         finally:
-            await stop(process)
+            await stop(process, stop_seconds)
 
 
-async def stop(process: asyncio.subprocess.Process) -> None:
+def own_environment() -> dict[str, str]:
+    """This process's environment; nothing of it may lead to somebody's stores."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("TOLLGATE_")}
+
+
+async def stop(process: asyncio.subprocess.Process, seconds: float) -> None:
     """End `process` and whatever is left of its session."""
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        await asyncio.wait_for(process.wait(), seconds)
     except TimeoutError:
         process.kill()
         await process.wait()
@@ -180,40 +153,6 @@ async def start_provider(
         yield started, line.removeprefix("listening on ") + "/v1"
 
 
-def has_nginx() -> bool:
-    """Whether nginx is installed."""
-    return nginx_path() is not None
-
-
-def nginx_path() -> str | None:
-    """Where nginx is; also where systems keep it off an ordinary user's path."""
-    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-
-
-@contextlib.asynccontextmanager
-async def start_nginx(upstream: str, core: int | None) -> AsyncIterator[tuple[Running, str]]:
-    """nginx, one worker, as a plain keep-alive proxy to `upstream` (host:port).
-
-    Gives the process and its base URL ending in /v1.
-    """
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="benchmark-nginx-") as folder:
-        config = write_nginx_config(Path(folder), upstream, port)
-        command = [nginx_path() or "nginx", "-c", str(config), "-g", "daemon off;"]
-        async with running(command, core) as started:
-            await until_answering(started, f"http://127.0.0.1:{port}/v1/models", 10.0)
-            pin_tree([started.pid], core)
-            yield started, f"http://127.0.0.1:{port}/v1"
-
-
-def write_nginx_config(folder: Path, upstream: str, port: int) -> Path:
-    """The configuration file, in a folder that nginx's own user may enter."""
-    config = folder / "nginx.conf"
-    config.write_text(NGINX_CONFIG.format(folder=folder, upstream=upstream, port=port))
-    folder.chmod(0o755)
-    return config
-
-
 @contextlib.asynccontextmanager
 async def start_gateway(
     command: Sequence[str],
@@ -232,63 +171,3 @@ def free_port() -> int:
     """A loopback port nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def tree_of(roots: Collection[int], leave_out: Collection[int] = ()) -> set[int]:
-    """Live processes from `roots` down, without the sub-trees that start in `leave_out`."""
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            parent = stat_fields(int(entry.name))
-            if parent:
-                children.setdefault(int(parent[1]), []).append(int(entry.name))
-    found: set[int] = set()
-    todo = [pid for pid in roots if pid not in leave_out]
-    while todo:
-        pid = todo.pop()
-        if pid not in found and stat_fields(pid):
-            found.add(pid)
-            todo += [child for child in children.get(pid, []) if child not in leave_out]
-    return found
-
-
-def stat_fields(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on (state, parent, …); empty if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def named_in_tree(roots: Collection[int], name: str) -> list[int]:
-    """The top-most processes below `roots` whose command line contains `name`."""
-    named = {pid for pid in tree_of(roots) - set(roots) if name in command_line(pid)}
-    return sorted(pid for pid in named if int(stat_fields(pid)[1]) not in named)
-
-
-def command_line(pid: int) -> str:
-    """The command line of a process, words separated by spaces; empty if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def cpu_seconds(roots: Collection[int], leave_out: Collection[int] = ()) -> float:
-    """CPU spent so far by the trees of `roots`, reaped children included."""
-    ticks = 0
-    for pid in tree_of(roots, leave_out):
-        fields = stat_fields(pid)
-        ticks += sum(int(field) for field in fields[11:15])
-    return ticks / TICKS_PER_SECOND
-
-
-def pin_tree(roots: Collection[int], core: int | None, leave_out: Collection[int] = ()) -> None:
-    """Let every thread of the trees of `roots` run on `core` only; None changes nothing."""
-    if core is None:
-        return
-    for pid in tree_of(roots, leave_out):
-        with contextlib.suppress(FileNotFoundError):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(thread), {core})

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.processes import nginx_path
-from benchmarks.scenarios import Measurement, Plan, Scenario
-
-BASELINE = "nginx"
+from benchmarks.measures import NGINX as BASELINE
+from benchmarks.measures import Measurement, Plan, Scenario
+from benchmarks.nginx import nginx_path
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -30,6 +29,8 @@ class Spread(msgspec.Struct, frozen=True):
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return figure(self.median)
         return f"{figure(self.median)} ({figure(self.low)}–{figure(self.high)})"
 
 
@@ -43,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
     latency_p50_ms: Spread | None
     latency_p99_ms: Spread | None
     errors: int
+    figures: dict[str, Spread] = {}
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -56,9 +58,12 @@ class Report(msgspec.Struct, frozen=True):
     plan: Plan
     subjects: list[Summary]
     measurements: list[Measurement]
+    audit: str = ""
 
 
-def report_of(scenario: Scenario, plan: Plan, measurements: Sequence[Measurement]) -> Report:
+def report_of(
+    scenario: Scenario, plan: Plan, measurements: Sequence[Measurement], audit: str = ""
+) -> Report:
     """The report of one run; subjects in the order in which they were first measured."""
     names = list(dict.fromkeys(measured.subject for measured in measurements))
     grouped = {n: [m for m in measurements if m.subject == n] for n in names}
@@ -72,6 +77,7 @@ def report_of(scenario: Scenario, plan: Plan, measurements: Sequence[Measurement
         plan=plan,
         subjects=[summary_of(scenario.unit, n, grouped[n], baseline) for n in names],
         measurements=list(measurements),
+        audit=audit,
     )
 
 
@@ -103,6 +109,7 @@ def summary_of(
         latency_p50_ms=spread([latencies.p50 for latencies in known]) if known else None,
         latency_p99_ms=spread([latencies.p99 for latencies in known]) if known else None,
         errors=sum(sum(m.result.errors.values()) for m in measured),
+        figures={name: spread([m.figures[name] for m in measured]) for name in measured[0].figures},
     )
 
 
@@ -129,6 +136,7 @@ def table(report: Report) -> str:
             if group != subject.subject
         )
     )
+    figures = list(dict.fromkeys(name for subject in report.subjects for name in subject.figures))
     what = "answer" if unit == "request" else "age of a chunk"
     titles = [
         "path",
@@ -139,17 +147,19 @@ def table(report: Report) -> str:
         f"{what} p50 ms",
         "p99 ms",
         "errors",
+        *figures,
     ]
     lines = [titles, ["---"] * len(titles)]
-    lines += [row(subject, extra) for subject in report.subjects]
+    lines += [row(subject, extra, figures) for subject in report.subjects]
     head = (
         f"{report.scenario}: {report.summary}; {plan.repetitions} × {plan.seconds:g} s, "
         f"median (min–max)\n{report.machine['processor']}, {report.machine['python']}\n"
     )
-    return head + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return head + body + (f"\naudit: {report.audit}" if report.audit else "")
 
 
-def row(subject: Summary, extra: Sequence[str]) -> list[str]:
+def row(subject: Summary, extra: Sequence[str], figures: Sequence[str]) -> list[str]:
     """One subject's cells."""
     cpu = subject.cpu_us_per_unit
     return [
@@ -161,6 +171,7 @@ def row(subject: Summary, extra: Sequence[str]) -> list[str]:
         "–" if subject.latency_p50_ms is None else str(subject.latency_p50_ms),
         "–" if subject.latency_p99_ms is None else str(subject.latency_p99_ms),
         str(subject.errors),
+        *(str(subject.figures.get(name, "–")) for name in figures),
     ]
 
 

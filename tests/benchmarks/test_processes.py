@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import processes
+from benchmarks import kernel, nginx, processes
 from benchmarks.processes import ProcessFailure
 from tests.waiting import eventually
 
@@ -27,19 +27,32 @@ PARENT = (
 async def test_cpu_of_a_tree_counts_live_and_reaped_children_but_not_those_left_out():
     async with processes.running([sys.executable, "-c", PARENT, SPIN], None) as parent:
         await eventually(lambda: parent.output.read_text().count("spun") == 2)
-        (child,) = processes.tree_of([parent.pid]) - {parent.pid}
-        assert processes.named_in_tree([parent.pid], "process_time") == [child]
-        whole = processes.cpu_seconds([parent.pid])
-        without = processes.cpu_seconds([parent.pid], leave_out=[child])
-        assert processes.cpu_seconds([child]) >= 0.05
+        (child,) = kernel.tree_of([parent.pid]) - {parent.pid}
+        assert kernel.named_in_tree([parent.pid], "process_time") == [child]
+        whole = kernel.cpu_seconds([parent.pid])
+        without = kernel.cpu_seconds([parent.pid], leave_out=[child])
+        assert kernel.cpu_seconds([child]) >= 0.05
         assert without >= 0.05
         assert whole >= without + 0.05
-    await eventually(lambda: not processes.stat_fields(child) or is_zombie(child))
-    assert processes.cpu_seconds([parent.pid]) == 0
+    await eventually(lambda: not kernel.stat_fields(child) or is_zombie(child))
+    assert kernel.cpu_seconds([parent.pid]) == 0
 
 
 def is_zombie(pid: int) -> bool:
-    return processes.stat_fields(pid)[0] == "Z"
+    return kernel.stat_fields(pid)[0] == "Z"
+
+
+async def test_memory_is_told_and_its_peak_can_be_forgotten():
+    grown = "import sys; big = bytearray(50_000_000); del big; print('spun', flush=True); "
+    async with processes.running(
+        [sys.executable, "-c", grown + "sys.stdin.read(); " + SPIN], None
+    ) as it:
+        await eventually(lambda: "spun" in it.output.read_text())
+        assert kernel.resident_peak_kb(it.pid) > kernel.resident_kb(it.pid) + 40_000
+        kernel.forget_peak(it.pid)
+        assert kernel.resident_peak_kb(it.pid) < kernel.resident_kb(it.pid) + 10_000
+        assert 0 < kernel.proportional_kb(it.pid) <= kernel.resident_kb(it.pid)
+    assert kernel.resident_kb(2**22 + 1) == kernel.proportional_kb(2**22 + 1) == 0
 
 
 async def test_trees_are_pinned():
@@ -47,6 +60,16 @@ async def test_trees_are_pinned():
     async with processes.running([sys.executable, "-c", SPIN], core) as started:
         assert os.sched_getaffinity(started.pid) == {core}
         assert await processes.first_line(started) == "spun"
+
+
+async def test_settings_of_another_tollgate_are_not_passed_on(monkeypatch):
+    monkeypatch.setenv("TOLLGATE_REDIS_URL", "redis://somebody")
+    async with processes.running(
+        [sys.executable, "-c", SPIN], None, {"TOLLGATE_WORKERS": "1"}
+    ) as it:
+        assert await processes.first_line(it) == "spun"
+        ours = [pair for pair in environment_of(it.pid) if pair.startswith("TOLLGATE_")]
+        assert ours == ["TOLLGATE_WORKERS=1"]
 
 
 async def test_cores_differ_or_are_not_pinned():
@@ -78,10 +101,10 @@ def environment_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-@pytest.mark.skipif(processes.nginx_path() is None, reason="nginx is not installed")
+@pytest.mark.skipif(nginx.nginx_path() is None, reason="nginx is not installed")
 async def test_nginx_passes_requests_on():
     async with processes.start_provider("127.0.0.1:0", None) as (_, url):
         upstream = url.removeprefix("http://").removesuffix("/v1")
-        async with processes.start_nginx(upstream, None) as (nginx, through):
+        async with nginx.start_nginx(upstream, None) as (started, through):
             assert processes.is_answering(f"{through}/models")
-            assert len(processes.tree_of([nginx.pid])) == 2
+            assert len(kernel.tree_of([started.pid])) == 2

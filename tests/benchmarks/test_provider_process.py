@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from benchmarks import processes
+from benchmarks import kernel, processes
 from tests.waiting import eventually
 
 COMMAND = [sys.executable, "-m", "benchmarks.provider", "--listen"]
@@ -31,8 +31,8 @@ async def test_workers_share_a_port_and_leave_with_their_parent():
     command = [*COMMAND, "127.0.0.1:0", "--workers", "2", "--api-key", "k", "--script", "id=null"]
     async with processes.running(command, None) as started:
         url = await started_url(started)
-        await eventually(lambda: len(processes.tree_of([started.pid])) == 3)
-        workers = processes.tree_of([started.pid]) - {started.pid}
+        await eventually(lambda: len(kernel.tree_of([started.pid])) == 3)
+        workers = kernel.tree_of([started.pid]) - {started.pid}
         asked = urllib.request.Request(
             f"{url}/v1/chat/completions",
             b'{"model":"m","messages":[]}',
@@ -48,7 +48,7 @@ async def test_workers_share_a_port_and_leave_with_their_parent():
 
 
 def gone(pid: int) -> bool:
-    fields = processes.stat_fields(pid)
+    fields = kernel.stat_fields(pid)
     return not fields or fields[0] == "Z"
 
 

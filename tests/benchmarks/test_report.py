@@ -11,8 +11,10 @@ import pytest
 from benchmarks import report, wrk
 from benchmarks.load import LoadResult, target_for
 from benchmarks.load_connection import Latencies
-from benchmarks.processes import free_port, is_answering, nginx_path
-from benchmarks.scenarios import SCENARIOS, Measurement, Plan, Subject, chat_body
+from benchmarks.measures import Measurement, Plan, Subject
+from benchmarks.nginx import nginx_path
+from benchmarks.processes import free_port, is_answering
+from benchmarks.scenarios import SCENARIOS, chat_body
 
 
 def measured(subject: str, repetition: int, cpu: float, **more: float) -> Measurement:
@@ -34,6 +36,25 @@ def test_medians_spreads_and_the_factor_over_nginx():
     assert lines[-1].startswith("| ours | 1,000 (500.0–1,500) | 44.0 (40.0–50.0) | 2.00 |")
     assert "redis µs" in lines[2]
     assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_further_figures_are_columns_and_the_audit_is_told():
+    runs = [measured("nginx", 0, 20.0)]
+    runs += [
+        msgspec.structs.replace(measured("ours", 0, 44.0), figures={"lag s": lag})
+        for lag in (0.5, 1.5, 1.0)
+    ]
+    made = report.report_of(SCENARIOS["rate"], Plan(), runs, "clean")
+    assert made.subjects[1].figures == {"lag s": report.Spread(1.0, 0.5, 1.5)}
+    lines = report.table(made).splitlines()
+    assert lines[2].endswith("| errors | lag s |")
+    assert lines[-3].endswith("| 0 | – |")
+    assert lines[-2].endswith("| 0 | 1.00 (0.50–1.50) |")
+    assert lines[-1] == "audit: clean"
+
+
+def test_one_measurement_has_no_spread():
+    assert str(report.Spread(1234.5, 1234.5, 1234.5)) == "1,234"
 
 
 def test_without_nginx_there_is_no_factor():
@@ -76,6 +97,7 @@ async def test_a_short_run_of_everything(tmp_path):
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks", "all", "--repetitions", "1", "--seconds", "0.2"),
         *("--warmup", "0", "--concurrency", "4", "--client", "own", "--results", str(tmp_path)),
+        "--no-tollgate",
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -97,7 +119,13 @@ async def test_a_gateway_is_started_measured_and_its_parts_counted_apart(tmp_pat
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks", "burst", "--repetitions", "1", "--seconds", "0.1"),
         *("--warmup", "0", "--concurrency", "2", "--no-direct", "--no-nginx"),
-        *("--gateway-name", "ours", "--gateway-url", f"http://127.0.0.1:{port}/v1"),
+        *(
+            "--no-tollgate",
+            "--gateway-name",
+            "ours",
+            "--gateway-url",
+            f"http://127.0.0.1:{port}/v1",
+        ),
         *("--gateway-command", command, "--gateway-environment", "UPSTREAM={provider}"),
         *("--also", "worker=--workers 2", "--results", str(tmp_path)),
         stdout=asyncio.subprocess.PIPE,
@@ -121,7 +149,14 @@ async def test_a_gateway_is_started_measured_and_its_parts_counted_apart(tmp_pat
         (["rate", "--gateway-url", "http://127.0.0.1:9/v1"], "--gateway-pid"),
         (
             [
-                *("rate", "--no-direct", "--no-nginx", "--gateway-url", "http://127.0.0.1:9/v1"),
+                *(
+                    "rate",
+                    "--no-direct",
+                    "--no-nginx",
+                    "--no-tollgate",
+                    "--gateway-url",
+                    "http://127.0.0.1:9/v1",
+                ),
                 *("--gateway-command", "false"),
             ],
             "does not answer",

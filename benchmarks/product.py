@@ -1,0 +1,208 @@
+"""Tollgate itself, all of it, as a subject: `accounting.up` with stores of its own.
+
+Owns its settings for a benchmark, the rich workspace whose key the load uses, and what is
+asked of it afterwards: has accounting posted everything, does the audit find drift. Leaves
+how it is built up to `accounting.up`.
+
+Every limit of the key is on, far above what the load needs: each is really evaluated, none
+refuses. One worker, pinned to the subject's core; everything else is on the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+
+from accounting.contract.keyspace import stream_key
+from accounting.contract.settings import SHARDS
+from accounting.embedded_files import noted_url
+from benchmarks.kernel import named_in_tree, pin_tree
+from benchmarks.processes import Cores, ProcessFailure, Running, running
+
+MODEL = "sandbox"
+GRANTS, GRANT_USD = 10, "1000000"
+LIMITS = {
+    "rpm": 60_000_000,
+    "tpm": 1_000_000_000_000,
+    "daily_tokens": 1_000_000_000_000,
+    "concurrency": 1_000_000,
+    "cost_cap_usd": "90000000",
+}
+READY_LINE = "Ctrl-C stops everything"
+READY_SECONDS, STOP_SECONDS, POSTED_SECONDS = 120.0, 90.0, 120.0
+POLL_SECONDS = 0.05
+
+CATALOGUE = """\
+[providers.standin]
+base_url = "{provider_url}"
+
+[models.{model}]
+targets = ["standin/{model}"]
+context_tokens = 100000000
+max_output_tokens = 50000000
+price = {{ input = "15", cached_input = "7.5", output = "60" }}
+"""
+
+SETTINGS = {
+    "TOLLGATE_LISTEN": "127.0.0.1:0",
+    "TOLLGATE_ADMIN_LISTEN": "127.0.0.1:0",
+    "TOLLGATE_PRIVATE_LISTEN": "127.0.0.1:0",
+    "TOLLGATE_WORKERS": "1",
+    "TOLLGATE_CONNECTIONS": "50000",
+    "TOLLGATE_UPSTREAM_CONNECTIONS": "50000",
+    "TOLLGATE_UPSTREAM_WAITING": "50000",
+    # Redis shares its core with the load: a refusal for its being slow would measure that.
+    "TOLLGATE_REDIS_TIMEOUT_SECONDS": "10",
+    "TOLLGATE_DRAIN_TIMEOUT_SECONDS": "2",
+}
+
+
+class Product:
+    """A running Tollgate: where it is, its processes, the key, its books."""
+
+    def __init__(self, started: Running, data_dir: Path, operator_token: str) -> None:
+        self._started, self._data_dir, self._token = started, data_dir, operator_token
+        output = started.output.read_text()
+        self.base_url = found(r"base URL +(\S+)", output)
+        self.admin_url = found(r"Operator API +(\S+)", output)
+        self.metrics_url = found(r"Metrics +(\S+)", output)
+        self.redis_url = noted_url(data_dir, "redis")
+        self.database_url = noted_url(data_dir, "postgres")
+        self.key = ""
+        self.workspace_id = ""
+        root = [started.pid]
+        self.proxy = named_in_tree(root, "-m proxy")
+        self.worker = named_in_tree(root, "-m proxy.worker")
+        self.groups = {
+            "tollgate": self.proxy,
+            "redis": named_in_tree(root, "redis-server"),
+            "postgres": named_in_tree(root, "bin/postgres"),
+            "accounting": root,
+        }
+        if not all((self.worker, *self.groups.values())):
+            raise ProcessFailure(f"not all parts of Tollgate run: {self.groups}")
+
+    async def call(self, path: str, body: object = None) -> Any:
+        """The decoded answer of the operator API; raises urllib.error.HTTPError."""
+        return await asyncio.to_thread(self._call, path, body)
+
+    def _call(self, path: str, body: object) -> Any:
+        request = urllib.request.Request(self.admin_url + path)
+        request.add_header("Authorization", f"Bearer {self._token}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    async def make_key(self) -> None:
+        """A workspace that the load cannot empty, and its key with every limit on."""
+        self.workspace_id = (await self.call("/workspaces", {"name": "load"}))["workspace_id"]
+        here = f"/workspaces/{self.workspace_id}"
+        for _ in range(GRANTS):
+            grant = await self.call(f"{here}/grants", {"kind": "topup", "amount_usd": GRANT_USD})
+            if not grant["spendable"]:
+                raise ProcessFailure(f"a grant did not reach the wallet: {grant}")
+        key = await self.call(f"{here}/keys", {"name": "load", "limits": LIMITS})
+        self.key = key["key_secret"]
+
+    async def until_posted(self) -> float:
+        """Seconds until accounting has posted all that is in the streams."""
+        began = time.monotonic()
+        async with Redis.from_url(self.redis_url) as redis:
+            while not await is_posted(redis):
+                if time.monotonic() - began > POSTED_SECONDS:
+                    raise TimeoutError(f"accounting is {POSTED_SECONDS:.0f} s behind")
+                await asyncio.sleep(POLL_SECONDS)
+        return round(time.monotonic() - began, 2)
+
+    async def served(self) -> int:
+        """Requests settled by the proxy so far."""
+        text = await asyncio.to_thread(lambda: urllib.request.urlopen(self.metrics_url).read())
+        return sum(
+            int(float(n)) for n in re.findall(rb"^tollgate_requests_total.* (.+)$", text, re.M)
+        )
+
+    async def held_usd(self) -> float:
+        """Credits still held by requests; 0 when every hold has ended."""
+        return float((await self.call(f"/workspaces/{self.workspace_id}"))["held_usd"])
+
+    async def audit(self) -> str:
+        """What `accounting audit` finds: `clean`, or the findings that drifted."""
+        environment = {
+            "TOLLGATE_REDIS_URL": self.redis_url,
+            "TOLLGATE_DATABASE_URL": self.database_url,
+        }
+        async with running(
+            [sys.executable, "-m", "accounting", "audit"], None, environment
+        ) as audit:
+            code = await asyncio.wait_for(audit.process.wait(), POSTED_SECONDS)
+            output = audit.output.read_text()
+        return "clean" if code == 0 else output.strip() or f"exit status {code}"
+
+
+async def is_posted(redis: Redis) -> bool:
+    """Whether every stream has been read to its end and nothing of it is unacknowledged."""
+    pipeline = redis.pipeline(transaction=False)
+    for shard in range(SHARDS):
+        pipeline.xinfo_groups(stream_key(shard))
+        pipeline.xinfo_stream(stream_key(shard))
+    answers = await pipeline.execute(raise_on_error=False)
+    for groups, stream in zip(answers[::2], answers[1::2], strict=True):
+        if isinstance(stream, Exception):
+            continue  # nothing was ever written to this shard
+        for group in groups:
+            if group["pending"] or group["last-delivered-id"] != stream["last-generated-id"]:
+                return False
+    return True
+
+
+def found(pattern: str, text: str) -> str:
+    """The first group of `pattern` in `text`; raises `ProcessFailure`."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ProcessFailure(f"Tollgate did not say {pattern!r}: {text}")
+    return match[1]
+
+
+@contextlib.asynccontextmanager
+async def start_tollgate(provider_url: str, cores: Cores) -> AsyncIterator[Product]:
+    """Everything `tollgate up` starts, before the stand-in, with a rich key."""
+    token = secrets.token_urlsafe(24)
+    with tempfile.TemporaryDirectory(prefix="benchmark-tollgate-") as folder:
+        catalogue = Path(folder) / "catalogue.toml"
+        catalogue.write_text(CATALOGUE.format(provider_url=provider_url, model=MODEL))
+        data_dir = Path(folder) / "data"
+        environment = SETTINGS | {
+            "TOLLGATE_OPERATOR_TOKEN": token,
+            "TOLLGATE_DATA_DIR": str(data_dir),
+            "TOLLGATE_CATALOGUE": str(catalogue),
+        }
+        command = [sys.executable, "-m", "accounting.up"]
+        async with running(command, cores.load, environment, STOP_SECONDS) as started:
+            await until_ready(started)
+            product = Product(started, data_dir, token)
+            pin_tree(product.proxy, cores.subject)
+            await product.make_key()
+            yield product
+
+
+async def until_ready(started: Running) -> None:
+    """Wait for the line that says everything runs; raises `ProcessFailure`."""
+    deadline = time.monotonic() + READY_SECONDS
+    while READY_LINE not in started.output.read_text(errors="replace"):
+        if started.process.returncode is not None or time.monotonic() > deadline:
+            raise ProcessFailure(f"Tollgate does not start: {started.last_output()}")
+        await asyncio.sleep(POLL_SECONDS)
