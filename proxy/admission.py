@@ -91,22 +91,23 @@ def _short(balance: int, held: int, required: int) -> Failure:
 
 
 def rate_headers(now: int, rpm: int, tpm: int, requests_tat: int, tokens_tat: int) -> bytes:
-    """`x-ratelimit-*` header lines; nothing for what is unlimited."""
-    if not rpm and not tpm:
-        return b""
+    """`x-ratelimit-*` header lines; nothing for what is unlimited. Times in µs."""
     lines = b""
     if rpm:
-        lines = _rate_lines(b"requests", rpm, max(0, requests_tat - now))
+        gap = -(-MINUTE_US // rpm)
+        level = max(0, requests_tat - now)
+        lines = _rate_lines(b"requests", rpm, (rpm * gap - level) // gap, level)
     if tpm:
-        lines += _rate_lines(b"tokens", tpm, max(0, tokens_tat - now))
+        level = max(0, tokens_tat - now)  # rounded up to a µs by the script
+        room = MINUTE_US - level + 1 if level else MINUTE_US
+        lines += _rate_lines(b"tokens", tpm, room * tpm // MINUTE_US, level)
     return lines
 
 
-def _rate_lines(what: bytes, limit: int, level_us: int) -> bytes:
-    remaining = max(0, (MINUTE_US - level_us) * limit // MINUTE_US)
+def _rate_lines(what: bytes, limit: int, remaining: int, level_us: int) -> bytes:
     return (
         b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n"
-        % (what, limit, what, remaining, what, duration(level_us))
+        % (what, limit, what, max(0, remaining), what, duration(level_us))
     )
 
 
@@ -114,7 +115,7 @@ def duration(length_us: int) -> bytes:
     """A length of time as rate headers write it: `0s`, `120ms`, `1s`, `6m0s`."""
     if length_us <= 0:
         return b"0s"
-    if length_us < 1_000_000:
+    if length_us <= 999_000:
         return b"%dms" % -(-length_us // 1000)
     minutes, seconds = divmod(-(-length_us // 1_000_000), 60)
     return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds

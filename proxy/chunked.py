@@ -53,10 +53,12 @@ class ChunkedBody:
                 self._closing = False
             end = data.find(b"\r\n", at)
             if end < 0:
-                if len(data) - at > _LINE_LIMIT:
+                if len(data) - at > _LINE_LIMIT + 1:  # a CR may be the last byte
                     raise MalformedHttp("A chunk line is too long.")
                 break
             line, at = data[at:end], end + 2
+            if len(line) > _LINE_LIMIT or b"\n" in line or b"\r" in line:
+                raise MalformedHttp("A chunk line is malformed.")
             if not self._in_trailers:
                 self._start_chunk(line)
             elif line:
@@ -67,8 +69,10 @@ class ChunkedBody:
         return None
 
     def _start_chunk(self, line: bytes) -> None:
-        digits = line.partition(b";")[0].rstrip(b" \t")
-        if not 1 <= len(digits) <= 15 or not _HEX.issuperset(digits) or len(line) > _LINE_LIMIT:
+        digits, extended, _ = line.partition(b";")
+        if extended:
+            digits = digits.rstrip(b" \t")
+        if not 1 <= len(digits) <= 15 or not _HEX.issuperset(digits):
             raise MalformedHttp("A chunk size is malformed.")
         size = int(digits, 16)
         if size == 0:
