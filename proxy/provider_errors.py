@@ -17,6 +17,7 @@ from accounting.contract.errors import (
 )
 
 _TEXT_LIMIT = 500
+_CODE_LIMIT = 100
 _LONGEST_RETRY_SECONDS = 3600
 _CLIENTS_FAULT = (400, 413, 415, 422)
 _OUR_FAULT = (401, 402, 403, 404, 405)
@@ -40,17 +41,26 @@ def failure_of(status: int, body: bytes, retry_after: bytes, target: Target) -> 
     if status in _CLIENTS_FAULT:
         error = _read(body)
         message = scrubbed(error.message or "The provider refused the request.", target.provider)
-        code = error.code if isinstance(error.code, str) else None
-        param = error.param if isinstance(error.param, str) else None
+        code, param = _word(error.code, target.provider), _word(error.param, target.provider)
         return ProviderRefused(status, message, code, param)
-    seconds = int(retry_after) if retry_after.isdigit() else None
-    if seconds is not None and seconds > _LONGEST_RETRY_SECONDS:
-        seconds = None
+    seconds = _seconds(retry_after)
     if status == 429:
         return ProviderLimited(retry_after_seconds=seconds)
     if status in _OUR_FAULT:
         return ProviderMisconfigured()
     return ProviderFailed(retry_after_seconds=seconds)
+
+
+def _seconds(retry_after: bytes) -> int | None:
+    """Whole seconds a client may be told to wait; None for dates, nonsense and the far future."""
+    if not retry_after.isdigit() or len(retry_after) > 9:
+        return None
+    seconds = int(retry_after)
+    return seconds if seconds <= _LONGEST_RETRY_SECONDS else None
+
+
+def _word(value: object, provider: Provider) -> str | None:
+    return scrubbed(value, provider)[:_CODE_LIMIT] if isinstance(value, str) else None
 
 
 def scrubbed(text: str, provider: Provider) -> str:
