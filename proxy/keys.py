@@ -4,6 +4,7 @@ Owns the cache. A record says who; whether the key may still do anything is deci
 admission, against the rules in Redis, so a cached record never lets a revoked key pass.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 
@@ -84,6 +85,7 @@ class Keys:
             record = keyspace.key_record_decoder.decode(packed)
         except msgspec.DecodeError:
             return Unavailable()
+        self._records.pop(digest, None)  # an expired one, so that the new one is the youngest
         if len(self._records) >= self._entries:
             del self._records[next(iter(self._records))]
         self._records[digest] = (self._now() + self._seconds, record)
@@ -91,4 +93,8 @@ class Keys:
 
     def _tell(self, digest: bytes, found: KeyRecord | Failure) -> None:
         for on_key in self._asked.pop(digest):
-            on_key(found)
+            try:
+                on_key(found)
+            except Exception as error:  # one exchange's bug must not cost the others an answer
+                loop = asyncio.get_running_loop()
+                loop.call_exception_handler({"message": "on_key", "exception": error})
