@@ -16,10 +16,9 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import kernel, processes, report, subjects
+from benchmarks import catalogue, kernel, processes, report, subjects
 from benchmarks.measures import Measurement, Plan, Scenario, Subject
 from benchmarks.processes import Cores, ProcessFailure
-from benchmarks.scenarios import SCENARIOS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,7 +39,7 @@ def main() -> None:
 def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("scenario", choices=[*SCENARIOS, "all"])
+    parser.add_argument("scenario", choices=catalogue.NAMES)
     parser.add_argument("--repetitions", type=int, help="default: the scenario's own")
     parser.add_argument("--seconds", type=float, help="of each measured window")
     parser.add_argument("--warmup", type=float, help="seconds before each window")
@@ -71,10 +70,9 @@ async def run(options: argparse.Namespace) -> bool:
         found = [
             subject async for subject in subjects.subjects_of(options, provider_url, cores, stack)
         ]
-        names = list(SCENARIOS) if options.scenario == "all" else [options.scenario]
         clean = True
-        for name in names:
-            clean &= await run_scenario(SCENARIOS[name], options, cores, found, provider.pid)
+        for scenario in catalogue.named(options.scenario):
+            clean &= await run_scenario(scenario, options, cores, found, provider.pid)
     return clean
 
 
@@ -88,6 +86,9 @@ async def run_scenario(
     """Measure, audit, print and save one scenario; whether the audit was clean."""
     plan = plan_of(scenario, options, cores)
     ours = [subject for subject in found if scenario.takes(subject)]
+    if not ours:
+        print(f"{scenario.name}: nothing to measure with these options", file=sys.stderr)
+        return True
     measured = await measure_all(scenario, plan, ours, {"provider": [provider]})
     audits = [await subject.product.audit() for subject in ours if subject.product is not None]
     made = report.report_of(scenario, plan, measured, "; ".join(audits))

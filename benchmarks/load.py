@@ -10,10 +10,11 @@ not what limits a run.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -36,8 +37,28 @@ class Target(NamedTuple):
     request: bytes
 
 
+class Ask(NamedTuple):
+    """One request of a load that asks different things.
+
+    streamed     the answer is SSE
+    leave_after  hang up after so many chunks
+    fault        the stand-in will fail it: however it ends is well
+    events       how many events its stream has; any missing are counted
+    """
+
+    request: bytes
+    streamed: bool = False
+    leave_after: int | None = None
+    fault: bool = False
+    events: int | None = None
+
+
 class LoadResult(msgspec.Struct, frozen=True):
-    """What one measured window saw; `credits_total` and `requests_total` are of the whole run."""
+    """What one measured window saw; all that is `…_total` is of the whole run.
+
+    `errors` go on being counted while the last answers end. `left_total` hung up as they
+    should, `faults_total` met the stand-in's faults, `missed_total` events never came.
+    """
 
     seconds: float
     requests: int
@@ -49,6 +70,9 @@ class LoadResult(msgspec.Struct, frozen=True):
     chunk_age_ms: Latencies | None
     requests_total: int
     credits_total: Decimal
+    left_total: int = 0
+    faults_total: int = 0
+    missed_total: int = 0
 
 
 def target_for(
@@ -110,6 +134,8 @@ class Load:
     opening_seconds   spread the opening of connections evenly over this time
     steady            do not start the warm-up before every connection is getting an answer
     limit_seconds     give up with TimeoutError when a count or a steady state takes longer
+    drain_seconds     how long answers may take to end after the window
+    asks              what is asked in turn, over and over, instead of the target's request
     """
 
     def __init__(
@@ -126,17 +152,20 @@ class Load:
         steady: bool = False,
         at_edges: Callable[[], None] | None = None,
         limit_seconds: float = 120.0,
+        drain_seconds: float = DRAIN_SECONDS,
+        asks: Sequence[Ask] = (),
     ) -> None:
         if (duration_seconds is None) == (count is None):
             raise ValueError("a run has either a duration or a count")
-        self.target, self.streamed = target, streamed
+        self.target = target
+        self._asks = itertools.cycle(asks or [Ask(target.request, streamed)])
         self._concurrency, self._duration, self._count = concurrency, duration_seconds, count
         self._warmup, self._rate, self._steady = warmup_seconds, rate_per_second, steady
         self._opening = opening_seconds
-        self._at_edges, self._limit = at_edges, limit_seconds
+        self._at_edges, self._limit, self._drain = at_edges, limit_seconds, drain_seconds
         self._left_to_send = count
         self._left_to_end = count
-        self._stopping = False
+        self._stopping = self._cutting = False
         self._connections: set[ClientConnection] = set()
         self._idle: deque[ClientConnection] = deque()
         self._backlog: deque[int] = deque()
@@ -144,6 +173,7 @@ class Load:
         self._tasks: set[asyncio.Task[None]] = set()
         self.busy = self.answering = 0
         self.requests = self.chunks = self.bytes = 0
+        self.left = self.faults = self.missed = 0
         self.errors: Counter[str] = Counter()
         self.latencies, self.firsts, self.ages = array("q"), array("q"), array("q")
         self.credits = Decimal(0)
@@ -237,17 +267,26 @@ class Load:
     def _send(self, connection: ClientConnection, due: int) -> None:
         if self._left_to_send is not None:
             self._left_to_send -= 1
-        connection.ask(due)
+        connection.ask(next(self._asks), due)
 
-    def ended(self, error: str | None) -> None:
+    def ended(self, ask: Ask, error: str | None) -> None:
         """A request has its whole answer, or has failed."""
         self.busy -= 1
+        if ask.fault:
+            self.faults += 1
+            error = None
         self._count_end(error)
+
+    def hung_up(self) -> None:
+        """A request was left by its client, as it should be."""
+        self.busy -= 1
+        self.left += 1
+        self._count_end(None)
 
     def _count_end(self, error: str | None) -> None:
         if error is None:
             self.requests += 1
-        elif not self._stopping:
+        elif not self._cutting:
             self.errors[error] += 1
         if self._left_to_end is not None:
             self._left_to_end -= 1
@@ -293,10 +332,11 @@ class Load:
         self._stopping = True
         while self._idle:
             self._idle.popleft().transport.close()
-        self._limit = min(self._limit, DRAIN_SECONDS)
+        self._limit = self._drain
         try:
             await self._wait_for(lambda: not self._connections and not self._tasks)
         except TimeoutError:
+            self._cutting = True
             for connection in list(self._connections):
                 connection.transport.abort()
             await self._wait_for(lambda: not self._connections)
@@ -321,10 +361,13 @@ class Load:
             requests=end.requests - start.requests,
             chunks=end.chunks - start.chunks,
             bytes=end.bytes - start.bytes,
-            errors=dict(end.errors - start.errors),
+            errors=dict(self.errors - start.errors),
             latency_ms=percentiles(self.latencies[start.latencies : end.latencies]),
             first_chunk_ms=percentiles(self.firsts[start.firsts : end.firsts]),
             chunk_age_ms=percentiles(self.ages[start.ages : end.ages]),
             requests_total=self.requests,
             credits_total=self.credits,
+            left_total=self.left,
+            faults_total=self.faults,
+            missed_total=self.missed,
         )

@@ -17,7 +17,7 @@ import httptools
 import msgspec
 
 if TYPE_CHECKING:
-    from benchmarks.load import Load
+    from benchmarks.load import Ask, Load
 
 TAIL_BLOCKS = 8
 CREDITS_MARK = b'"credits_used":'
@@ -42,6 +42,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self._load = load
         self._asked_at: int | None = None
+        self._ask: Ask
         self._begin()
 
     def _begin(self) -> None:
@@ -49,16 +50,18 @@ class ClientConnection(asyncio.Protocol):
         self._first = True
         self._tail: deque[bytes] = deque(maxlen=TAIL_BLOCKS)
         self._credits: bytes | None = None
+        self._chunks = 0
+        self._half_break = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         self._load.connected(self)
 
-    def ask(self, asked_at: int) -> None:
+    def ask(self, ask: Ask, asked_at: int) -> None:
         """Send the request; `asked_at` is when it was due, in monotonic nanoseconds."""
-        self._asked_at = asked_at
+        self._ask, self._asked_at = ask, asked_at
         self._load.busy += 1
-        self.transport.write(self._load.target.request)
+        self.transport.write(ask.request)
 
     def data_received(self, data: bytes) -> None:
         self._load.bytes += len(data)
@@ -79,12 +82,26 @@ class ClientConnection(asyncio.Protocol):
             load.answering += 1
             load.firsts.append(time.monotonic_ns() - (self._asked_at or 0))
             load.told()
-        if load.streamed:
-            load.chunks += body.count(b"\n\n")
+        if self._ask.streamed:
+            # A break cut between two reads is counted too: 0.1 µs.
+            found = body.count(b"\n\n") + (self._half_break and body[:1] == b"\n")
+            self._half_break = body[-1:] == b"\n" and body[-2:] != b"\n\n"
+            self._chunks += found
+            load.chunks += found
             self._tail.append(body)
             at = body.find(STAMP_MARK)
             if at >= 0:
                 self._note_ages(body, at)
+            if self._ask.leave_after is not None and self._chunks >= self._ask.leave_after:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Leave in the middle of an answer."""
+        if self._asked_at is not None:
+            self._asked_at = None
+            self._load.answering -= 1
+            self._load.hung_up()
+            self.transport.abort()
 
     def _note_ages(self, body: bytes, at: int) -> None:
         """How long ago the server wrote each stamped event in `body`."""
@@ -100,8 +117,10 @@ class ClientConnection(asyncio.Protocol):
             return
         status, load = self._parser.get_status_code(), self._load
         error = None if status == 200 else f"status {status}"
-        if load.streamed and error is None:
+        if self._ask.streamed and error is None:
             error = self._stream_error(b"".join(self._tail))
+        if self._ask.events is not None:
+            load.missed += max(0, self._ask.events - self._chunks)
         if self._credits is not None:
             load.credits += Decimal(self._credits.decode("ascii"))
         if error is None:
@@ -127,7 +146,7 @@ class ClientConnection(asyncio.Protocol):
         if self._asked_at is not None:
             self._asked_at = None
             self._load.answering -= not self._first
-            self._load.ended(error)
+            self._load.ended(self._ask, error)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._asked_at is not None:

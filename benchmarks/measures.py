@@ -74,7 +74,7 @@ class Scenario(msgspec.Struct, frozen=True):
     """A kind of load; `unit` is what CPU is divided by.
 
     Of `subjects` (None: all) those are measured that there are. `seconds`, `repetitions` and
-    `warmup_seconds` are its own defaults. `concurrencies`: each is measured in turn.
+    `warmup_seconds` are its own defaults. `prepare` is called first and not measured.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Scenario(msgspec.Struct, frozen=True):
     repetitions: int = 3
     seconds: float = 4.0
     warmup_seconds: float = 1.0
+    prepare: Callable[[Subject, Plan], Awaitable[None]] | None = None
 
     def takes(self, subject: Subject) -> bool:
         """Whether `subject` can be measured by it."""
@@ -98,6 +99,8 @@ class Scenario(msgspec.Struct, frozen=True):
 
         It ends when Tollgate's accounting has posted what the load used.
         """
+        if self.prepare is not None:
+            await self.prepare(subject, plan)
         meter, books = Meter(subject.groups | others), Books(subject)
         await books.open()
         seen = await self.run(subject, plan, plan.concurrency or self.concurrency, meter)

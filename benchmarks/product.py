@@ -85,13 +85,15 @@ class Product:
         root = [started.pid]
         self.proxy = named_in_tree(root, "-m proxy")
         self.worker = named_in_tree(root, "-m proxy.worker")
+        self.accounting = named_in_tree(root, "-m accounting run")
+        self.crowd: list[str] = []
         self.groups = {
             "tollgate": self.proxy,
             "redis": named_in_tree(root, "redis-server"),
             "postgres": named_in_tree(root, "bin/postgres"),
             "accounting": root,
         }
-        if not all((self.worker, *self.groups.values())):
+        if not all((self.worker, self.accounting, *self.groups.values())):
             raise ProcessFailure(f"not all parts of Tollgate run: {self.groups}")
 
     async def call(self, path: str, body: object = None) -> Any:
@@ -128,12 +130,24 @@ class Product:
                 await asyncio.sleep(POLL_SECONDS)
         return round(time.monotonic() - began, 2)
 
+    async def settled(self) -> int:
+        """The same, when Redis has confirmed every settle."""
+        deadline = time.monotonic() + POSTED_SECONDS
+        while self._sum(rb"tollgate_settles_unacknowledged", await self._metrics()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("Redis does not take what the proxy has settled")
+            await asyncio.sleep(POLL_SECONDS)
+        return await self.served()
+
     async def served(self) -> int:
-        """Requests settled by the proxy so far."""
-        text = await asyncio.to_thread(lambda: urllib.request.urlopen(self.metrics_url).read())
-        return sum(
-            int(float(n)) for n in re.findall(rb"^tollgate_requests_total.* (.+)$", text, re.M)
-        )
+        """Requests whose charge the proxy has fixed so far."""
+        return self._sum(rb"tollgate_requests_total", await self._metrics())
+
+    async def _metrics(self) -> bytes:
+        return await asyncio.to_thread(lambda: urllib.request.urlopen(self.metrics_url).read())
+
+    def _sum(self, name: bytes, text: bytes) -> int:
+        return sum(int(float(n)) for n in re.findall(rb"^%b[ {].*?([^ ]+)$" % name, text, re.M))
 
     async def held_usd(self) -> float:
         """Credits still held by requests; 0 when every hold has ended."""

@@ -6,6 +6,8 @@ CPU to `measures`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from benchmarks import wrk
@@ -23,21 +25,30 @@ OPENING_MS_PER_STREAM = 2.474
 MARGIN_SECONDS = 0.5
 
 
-def chat_body(subject: Subject, script: str = "", stream: bool = False) -> dict[str, object]:
-    """A chat request of 1 KB whose prompt carries `script` for the stand-in."""
+def chat_body(
+    subject: Subject, script: str = "", stream: bool = False, prompt_bytes: int = PROMPT_BYTES
+) -> dict[str, object]:
+    """A chat request of `prompt_bytes` in all, whose prompt carries `script` for the stand-in."""
     directive = f" [[standin {script}]]" if script else ""
     shell: dict[str, object] = {"model": subject.model, "messages": [{"role": "user"}]}
-    filler = "Lorem ipsum dolor sit amet, consectetur. " * (PROMPT_BYTES // 40)
-    size = PROMPT_BYTES - len(msgspec.json.encode(shell)) - len(directive) - 50
+    filler = "Lorem ipsum dolor sit amet, consectetur. " * (prompt_bytes // 40)
+    size = prompt_bytes - len(msgspec.json.encode(shell)) - len(directive) - 50
     shell["messages"] = [{"role": "user", "content": filler[:size] + directive}]
     return shell | (
         {"stream": True, "max_tokens": STREAM_MAX_TOKENS} if stream else {"max_tokens": 100}
     )
 
 
-def target(subject: Subject, script: str = "", stream: bool = False) -> Target:
-    """`chat_body` as a target."""
-    return target_for(subject.base_url, chat_body(subject, script, stream), subject.key)
+def target(
+    subject: Subject,
+    script: str = "",
+    stream: bool = False,
+    extra: Mapping[str, object] | None = None,
+    prompt_bytes: int = PROMPT_BYTES,
+) -> Target:
+    """`chat_body`, with `extra` members over it, as a target."""
+    body = chat_body(subject, script, stream, prompt_bytes) | dict(extra or {})
+    return target_for(subject.base_url, body, subject.key)
 
 
 async def rate(subject: Subject, plan: Plan, concurrency: int, meter: Meter) -> Observed:
@@ -94,11 +105,8 @@ async def burst(subject: Subject, plan: Plan, concurrency: int, meter: Meter) ->
     return Observed("own", await load.run())
 
 
-SCENARIOS = {
-    scenario.name: scenario
-    for scenario in (
-        Scenario("rate", "plain requests, 1 KB in, 0.7 KB out", "request", 64, rate),
-        Scenario("cadence", "streams, a 200-byte event every 20 ms", "chunk", 500, cadence),
-        Scenario("burst", "streams of 200 events of 200 bytes, no delay", "chunk", 64, burst),
-    )
-}
+SCENARIOS = (
+    Scenario("rate", "plain requests, 1 KB in, 0.7 KB out", "request", 64, rate),
+    Scenario("cadence", "streams, a 200-byte event every 20 ms", "chunk", 500, cadence),
+    Scenario("burst", "streams of 200 events of 200 bytes, no delay", "chunk", 64, burst),
+)

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from benchmarks import report, wrk
+from benchmarks.catalogue import SCENARIOS
 from benchmarks.load import LoadResult, target_for
 from benchmarks.load_connection import Latencies
 from benchmarks.measures import Measurement, Plan, Subject
 from benchmarks.nginx import nginx_path
 from benchmarks.processes import free_port, is_answering
-from benchmarks.scenarios import SCENARIOS, chat_body
+from benchmarks.scenarios import chat_body
 
 
 def measured(subject: str, repetition: int, cpu: float, **more: float) -> Measurement:

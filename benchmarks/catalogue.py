@@ -1,0 +1,21 @@
+"""Every scenario by its name, and the names that stand for several."""
+
+from __future__ import annotations
+
+from benchmarks import endurance, scenarios, stores
+
+SCENARIOS = {
+    one.name: one for one in (*scenarios.SCENARIOS, *endurance.SCENARIOS, *stores.SCENARIOS)
+}
+SEVERAL = {
+    "big-bodies": ("big-prompts", "big-answers", "big-streams", "stalled-readers"),
+    "redis": ("redis-hot", "redis-cold", "redis-mix"),
+    # Memory per stream is looked at first: a process does not give back what it has had.
+    "all": ("open-streams", *(name for name in SCENARIOS if name != "open-streams")),
+}
+NAMES = (*SCENARIOS, *SEVERAL)
+
+
+def named(name: str) -> list[scenarios.Scenario]:
+    """The scenarios that `name` stands for, in the order in which they are run."""
+    return [SCENARIOS[one] for one in SEVERAL.get(name, (name,))]
