@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accounting.contract.errors import BodyTooLarge, Failure, MalformedHttp
@@ -95,6 +95,7 @@ def test_the_body_is_bounded_by_what_it_announces() -> None:
         feed([b"fffffffffffffff\r\n"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(0, 400)))
 def test_any_body_cut_anywhere(parts: list[bytes], places: list[int]) -> None:
     data = b"".join([b"%x\r\n%b\r\n" % (len(part), part) for part in parts]) + b"0\r\n\r\n"
@@ -102,6 +103,7 @@ def test_any_body_cut_anywhere(parts: list[bytes], places: list[int]) -> None:
     assert feed([data[a:b] for a, b in pairwise(bounds)]) == (b"".join(parts), b"")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([b"5", b"\r\n", b"hello", b"0", b"\n", b";", b"a:b", b" "])), st.data()
 )

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accounting.contract.errors import (
@@ -276,6 +276,7 @@ def test_the_input_bound_is_the_body_and_an_allowance() -> None:
     assert input_bound(raw, len(raw) + 32) == len(raw) + 32
 
 
+@settings(deadline=None)
 @given(st.text(), st.booleans())
 def test_no_tokenizer_counts_more_than_the_bound(text: str, ascii_only: bool) -> None:
     """A token is at least one byte of the text, and JSON never shortens a text."""
@@ -383,6 +384,7 @@ _json = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.text(), _json, max_size=5),
     st.sampled_from([None, True, False]),

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.sse import EventSplitter, EventTooLong, event_data, split_events
@@ -58,6 +58,7 @@ def test_every_cut_in_two_gives_the_same_whole_events(end: bytes) -> None:
             assert block.endswith(end * 2)  # never within a CR LF
 
 
+@settings(deadline=None)
 @given(streams(), st.lists(st.integers(0, 400), max_size=12))
 def test_any_stream_cut_anywhere_gives_its_events(
     stream: tuple[bytes, list[bytes]], places: list[int]
@@ -73,6 +74,7 @@ def test_any_stream_cut_anywhere_gives_its_events(
     )
 
 
+@settings(deadline=None)
 @given(streams())
 def test_single_bytes_give_the_same_events(stream: tuple[bytes, list[bytes]]) -> None:
     data, _ = stream

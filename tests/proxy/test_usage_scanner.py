@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accounting.contract.usage_event import TokenUsage
@@ -65,6 +65,7 @@ _details = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {},
@@ -464,6 +465,7 @@ _events = st.one_of(
 _ends = st.sampled_from([b"", DONE, sse({"error": {"message": "no"}}), chunk("cut")[:-9]])
 
 
+@settings(deadline=None)
 @given(
     st.lists(_events, max_size=8),
     _ends,
