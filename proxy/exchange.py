@@ -10,7 +10,6 @@ is released after its answer or abandoned within it.
 import time
 from typing import TYPE_CHECKING
 
-from accounting.contract.catalogue import Model, Target
 from accounting.contract.errors import (
     Failure,
     ProviderBrokeOff,
@@ -29,11 +28,13 @@ from proxy.bill import NOTHING, Bill, Timing
 from proxy.journal import JournalFull
 from proxy.leases import Ask, KeyLease, Stale
 from proxy.patience import Patience
+from proxy.provider_errors import CLIENTS_FAULT
 from proxy.relay import Relay
 from proxy.replay import encode_opening
 from proxy.request_head import ChatHead
+from proxy.routing import Route
 from proxy.settlement import encode_settle
-from proxy.upstream import UpstreamConnection
+from proxy.upstream_connection import UpstreamConnection
 from proxy.usage_scanner import StreamScanner, read_answer
 
 if TYPE_CHECKING:
@@ -47,13 +48,12 @@ class Exchange:
     """See the module. `services` are the worker's; the client outlives the exchange."""
 
     __slots__ = (
-        "_answer", "_bill", "_connection", "_digest", "_ended", "_head", "_hold", "_lease",
-        "_model", "_patience", "_relay", "_request", "_request_id", "_retried", "_services",
-        "_slot", "_target", "_timing", "_tries", "_waiting_upstream",
+        "_answer", "_bill", "_digest", "_ended", "_head", "_hold", "_lease", "_patience",
+        "_relay", "_request", "_request_id", "_route", "_services", "_slot", "_timing", "_tries",
     )  # fmt: skip
 
     _head: ChatHead
-    _model: Model
+    _route: Route
     _bill: Bill
     _lease: KeyLease
     _relay: Relay
@@ -67,16 +67,12 @@ class Exchange:
         self._digest: bytes | None = None
         self._hold: Hold | None = None
         self._slot = 0
-        self._target = 0
         self._tries = 0
-        self._connection: UpstreamConnection | None = None
-        self._waiting_upstream = False
-        self._retried = False
         self._ended = False
         self._patience = Patience(self._timing.started_at)
 
     def __repr__(self) -> str:
-        return f"Exchange({self._request_id.decode()}, target={self._target}, ended={self._ended})"
+        return f"Exchange({self._request_id.decode()}, ended={self._ended})"
 
     # [3] The key, then [2] the head, [4] the route, and what it can cost at most
 
@@ -99,8 +95,8 @@ class Exchange:
     def _plan(self, record: KeyRecord) -> None:
         services, body = self._services, self._request.body
         head = request_head.parse(body)
-        model = services.routing.model(head.model)
-        self._head, self._model = head, model
+        self._route = services.routing.route(head.model)
+        self._head, model = head, self._route.model
         self._bill = Bill(self._request_id, record, head, model, body, self._timing)
         if record.scopes and INFERENCE not in record.scopes:
             raise ScopeMissing
@@ -134,8 +130,8 @@ class Exchange:
         services.journal.open(
             self._slot, encode_opening(self._bill.opening(outcome, services.now()))
         )
-        self._relay = Relay(self._serving)
         if self._ended:  # the client left while the decision was on its way
+            self._relay = Relay(self._route.stop.target)
             self._settle(NOTHING, "void", "client_left")
         else:
             self._send_upstream()
@@ -156,57 +152,39 @@ class Exchange:
 
     # [6] Upstream: the target in turn, while no byte has gone to the client
 
-    @property
-    def _serving(self) -> Target:
-        return self._model.targets[self._target]
-
-    def _send_upstream(self, fresh: bool = False) -> None:
-        self._waiting_upstream = True
-        self._services.upstreams.pool(self._serving.provider).acquire(self, fresh)
+    def _send_upstream(self) -> bool:
+        """To the next target, if there is one."""
+        now = self._services.now()
+        if not self._route.advance(now):
+            return False
+        self._relay = Relay(self._route.stop.target)
+        self._patience.quiet_since = now
+        self._route.connect(self)
+        return True
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
-        self._waiting_upstream = False
-        if self._ended:
-            connection.abandon()
-            return
-        self._connection = connection
+        route = self._route
+        route.connected(connection)
         self._timing.upstream_at = self._patience.quiet_since = self._services.now()
-        target = self._serving
-        body = request_head.body_for(self._request.body, self._head, target.model)
-        head = self._services.routing.request_head(target, _UPSTREAM_PATH)
-        connection.send(
-            b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n"
-            % (head, self._request_id, len(body)),
-            body,
-        )
+        body = request_head.body_for(self._request.body, self._head, route.stop.target.model)
+        head = route.stop.request_head(_UPSTREAM_PATH, self._request_id, len(body))
+        connection.send(head, body)
 
     def upstream_refused(self, failure: Failure) -> None:
-        self._waiting_upstream = False
-        if not self._ended:
-            self._target_failed(failure)
+        self._route.refused()
+        self._target_failed(failure)
 
     def _target_failed(self, failure: Failure) -> None:
         """Nothing has gone to the client: try the next target, or void and say why."""
-        self._drop_upstream()
+        self._route.drop(self)
+        self._route.failed(failure, self._services.now())
         self._services.counters.upstream_failed(failure)
         may_help = failure.status >= 500 or failure.status == 429
-        if may_help and self._target + 1 < len(self._model.targets):
-            self._target += 1
-            self._retried = False
-            self._relay = Relay(self._serving)
-            self._send_upstream()
+        if may_help and self._send_upstream():
             return
         self._settle(NOTHING, "void", "provider_failed", failure.status)
         self._answer.failure(failure)
         self._done()
-
-    def _drop_upstream(self) -> None:
-        if self._waiting_upstream:
-            self._waiting_upstream = False
-            self._services.upstreams.pool(self._serving.provider).forget(self)
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.abandon()
 
     # [7] Relay: the answer comes in, shown to the scanner, and goes out
 
@@ -217,10 +195,23 @@ class Exchange:
         except Failure as failure:
             self._target_failed(failure)
             return
-        self._answer.served = self._serving.model.encode()
-        if self._target and status == 200:
-            first = self._model.targets[0].model.encode()
-            self._answer.extra += b"x-fallback-from: %b\r\n" % first
+        if status != 200:
+            self._answer_not_wanted()
+            return
+        route, hold = self._route, self._hold
+        assert hold is not None
+        route.recovered(self._timing.first_byte_at)
+        self._answer.served = route.stop.target.model.encode()
+        if route.stop.depth:
+            first = route.model.targets[0].model.encode()
+            self._answer.extra = b"%bx-fallback-from: %b\r\n" % (hold.rate_headers, first)
+
+    def _answer_not_wanted(self) -> None:
+        """A status says enough, unless the client is to hear the provider's own words."""
+        if self._relay.status in CLIENTS_FAULT:
+            return
+        self._route.release()
+        self._target_failed(self._relay.failure())
 
     def upstream_body(self, data: bytes) -> None:
         self._patience.heard = True
@@ -246,7 +237,7 @@ class Exchange:
 
     def upstream_end(self) -> None:
         """The provider's answer has ended cleanly, or by closing as announced."""
-        self._connection = None
+        self._route.ended()
         if self._relay.status != 200:
             self._target_failed(self._relay.failure())
         elif self._relay.scanner is None:
@@ -266,15 +257,14 @@ class Exchange:
 
     def upstream_lost(self, garbled: bool) -> None:
         """The connection broke, or what came was not HTTP."""
-        connection, self._connection = self._connection, None
-        unseen = connection is not None and connection.reused and not connection.heard
-        if unseen and not self._retried:  # it had been closed; nothing was answered
-            self._retried = True
-            self._send_upstream(fresh=True)
+        if self._route.may_retry():
+            self._route.connect(self, fresh=True)
             return
         scanner = self._relay.scanner
         if scanner is not None and scanner.finished:
             self._finish_stream(scanner)
+        elif self._relay.status not in (0, 200):
+            self._target_failed(self._relay.failure())
         else:
             self._broken(ProviderGarbled() if garbled else ProviderBrokeOff())
 
@@ -302,21 +292,23 @@ class Exchange:
             tail = replies.final_chunk(scanner, tokens, charge)
         self._answer.end_stream(tail + replies.DONE)
         self._settle(tokens, settlement, "completed")
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.release()
+        self._route.release()
         self._done()
 
     def _broken(self, failure: Failure) -> None:
-        """The provider failed within its answer. Within a stream that has begun: an in-band
-        error, and a bill for what was relayed."""
-        scanner = self._relay.scanner
-        if scanner is None or not self._answer.started:
+        """The provider failed within its answer."""
+        if not self._answer.started:
             self._target_failed(failure)
             return
-        self._drop_upstream()
+        self._route.failed(failure, self._services.now())
         self._services.counters.upstream_failed(failure)
-        assert self._hold is not None
+        self._break_off(failure)
+
+    def _break_off(self, failure: Failure) -> None:
+        """Within a stream that has begun: an in-band error, and a bill for what was relayed."""
+        self._route.drop(self)
+        scanner = self._relay.scanner
+        assert scanner is not None and self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
         charge = self._bill.charge(tokens, self._hold)
         self._answer.end_stream(replies.error_event(scanner, tokens, charge, failure))
@@ -329,12 +321,11 @@ class Exchange:
             return
         self._ended = True
         self._services.exchanges.discard(self)
-        self._drop_upstream()
         if self._hold is None:
             return  # still being admitted: `_admitted` settles what that brings
-        scanner = self._relay.scanner
-        if self._answer.started and scanner is not None:
-            self._settle(*self._bill.of_stream(scanner), "client_left")
+        self._route.drop(self)
+        if self._answer.started and self._relay.scanner is not None:
+            self._settle(*self._bill.of_stream(self._relay.scanner), "client_left")
         else:
             self._settle(NOTHING, "void", "client_left")
 
@@ -343,10 +334,10 @@ class Exchange:
         if self._ended:
             return
         if self._answer.started:
-            self._broken(failure)
+            self._break_off(failure)
             return
-        self._drop_upstream()
         if self._hold is not None:
+            self._route.drop(self)
             self._settle(NOTHING, "void", "cut", failure.status)
         self._answer.failure(failure)
         self._done()
@@ -355,11 +346,15 @@ class Exchange:
         """The one exit of every hold."""
         hold, services = self._hold, self._services
         assert hold is not None
+        now = services.now()
         self._hold = None
-        served, relayed = (self._serving, self._target), self._relay.answer_bytes
-        event = self._bill.event(
-            hold, tokens, settlement, outcome, status, served, relayed, services.now()
-        )
+        if outcome == "completed":
+            self._route.succeeded(now)
+        else:
+            self._route.forgone()
+        stop = self._route.stop
+        served, relayed = (stop.target, stop.depth), self._relay.answer_bytes
+        event = self._bill.event(hold, tokens, settlement, outcome, status, served, relayed, now)
         settle = self._bill.settle(hold, event)
         services.journal.settle(self._slot, encode_settle(settle))
         services.settlement.submit(self._lease.shard, settle, self._slot, self._lease)
@@ -375,23 +370,21 @@ class Exchange:
     def pause(self) -> None:
         """The client reads too slowly: so does the provider, from now on."""
         self._patience.paused = True
-        if self._connection is not None:
-            self._connection.pause()
+        if self._hold is not None:
+            self._route.pause()
 
     def resume(self) -> None:
         self._patience.paused = False
         self._patience.heard = True
-        if self._connection is not None:
-            self._connection.resume()
+        if self._hold is not None:
+            self._route.resume()
 
     def check_time(self, now: float) -> None:
         """Called about twice a second: end what has been silent or has lasted too long."""
         if self._ended or self._hold is None:
             return
-        settings, provider = self._services.settings, self._serving.provider
+        settings, provider = self._services.settings, self._route.stop.target.provider
         if self._patience.exhausted(now, settings, provider):
             self.cut(ProviderTimeout("The answer took longer than is allowed in total."))
-        elif self._waiting_upstream:
-            return  # the pool has its own time-out for that
         elif self._patience.silent(now, settings, provider, self._relay.status != 0):
-            self._broken(ProviderTimeout())
+            self._broken(Unavailable() if self._route.waiting else ProviderTimeout())

@@ -48,6 +48,8 @@ METRICS = (
     Declared("tollgate_settlements", "How they were settled.", "counter", "kind", SETTLEMENTS),
     Declared("tollgate_refusals", "Requests refused at the door.", "counter", "code", _CODES),
     Declared("tollgate_upstream_failures", "Targets that failed.", "counter", "code", _CODES),
+    Declared("tollgate_cooldowns", "Times that a target began to be passed over.", "counter"),
+    Declared("tollgate_upstream_tls_failures", "Handshakes with providers failed.", "counter"),
     Declared("tollgate_charged_microcredits", "Charged to wallets.", "counter"),
     Declared("tollgate_overrun_microcredits", "Cost beyond holds, not charged.", "counter"),
     Declared("tollgate_input_tokens", "Input tokens settled.", "counter"),
@@ -60,6 +62,7 @@ METRICS = (
     Declared("tollgate_gate_open", "Workers that may admit: Redis has its epoch.", "gauge"),
     Declared("tollgate_connections", "Client connections open.", "gauge"),
     Declared("tollgate_exchanges", "Exchanges under way.", "gauge"),
+    Declared("tollgate_targets_cooling", "Targets passed over, summed over workers.", "gauge"),
     Declared("tollgate_settles_unacknowledged", "Settles Redis has not confirmed.", "gauge"),
     Declared("tollgate_journal_slots_used", "Journal slots in use.", "gauge"),
 )

@@ -19,7 +19,7 @@ from accounting.contract.errors import (
 _TEXT_LIMIT = 500
 _CODE_LIMIT = 100
 _LONGEST_RETRY_SECONDS = 3600
-_CLIENTS_FAULT = (400, 413, 415, 422)
+CLIENTS_FAULT = (400, 413, 415, 422)
 _OUR_FAULT = (401, 402, 403, 404, 405)
 
 
@@ -38,7 +38,7 @@ _decoder = msgspec.json.Decoder(_Body)
 
 def failure_of(status: int, body: bytes, retry_after: bytes, target: Target) -> Failure:
     """The Failure for a provider's answer that is not 200."""
-    if status in _CLIENTS_FAULT:
+    if status in CLIENTS_FAULT:
         error = _read(body)
         message = scrubbed(error.message or "The provider refused the request.", target.provider)
         code, param = _word(error.code, target.provider), _word(error.param, target.provider)

@@ -1,36 +1,238 @@
 """[4] Model to targets: where a request may be served, in order, and what it sends there.
 
 Owns the catalogue in force; a reload swaps it whole, and exchanges under way keep theirs.
+
+Theory of operation: each target of a model is a `Stop`: the pool that leads there, the request
+head it expects, its cool-down. An exchange has a `Route` over them and is at one of them at a
+time. It passes over those that cool, unless all do: then it tries them anyway, those first
+that may recover soonest. What becomes of each attempt is told to the target's cool-down.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 from accounting.contract.catalogue import Catalogue, Model, Target
-from accounting.contract.errors import ModelNotFound
+from accounting.contract.errors import Failure, ModelNotFound, ProviderRefused, Unavailable
+from proxy.cooldown import ANYWAY, PROBE, REFUSED, SERVING, Cooldown, CooldownRules
+from proxy.upstream import ProviderPool, Upstreams
+from proxy.upstream_connection import UpstreamConnection, UpstreamUser
+
+Changed = Callable[[str, float], None]  # target, seconds that it cools; 0 = it serves again
+
+
+class Stop:
+    """One target of a model, its place in the model's order, and what it takes to ask it."""
+
+    __slots__ = ("_heads", "cooldown", "depth", "pool", "target")
+
+    def __init__(self, target: Target, depth: int, pool: ProviderPool, cooldown: Cooldown) -> None:
+        self.target = target
+        self.depth = depth
+        self.pool = pool
+        self.cooldown = cooldown
+        self._heads: dict[str, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"Stop({self.target}, {self.cooldown!r})"
+
+    def request_head(self, path: str, request_id: bytes, length: int) -> bytes:
+        """The head of a request to `path` of the provider, for a body of `length` bytes."""
+        known = self._heads.get(path)
+        if known is None:
+            known = self._heads[path] = _head(self.target, path)
+        return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (known, request_id, length)
+
+
+class Route:
+    """One exchange's way from target to target. See the module.
+
+    `stop` is the present target: the first one before any was tried. Every attempt ends with
+    one of `succeeded`, `failed` and `forgone`; the last is harmless after another.
+    """
+
+    __slots__ = (
+        "_ahead", "_at_worst", "_connection", "_footing", "_retried", "_stops", "_tried", "model",
+        "stop", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, model: Model, stops: tuple[Stop, ...]) -> None:
+        self.model = model
+        self.stop = stops[0]
+        self._stops = stops
+        self._ahead: Iterator[Stop] = iter(stops)
+        self._tried = False
+        self._at_worst = REFUSED
+        self._footing = SERVING
+        self._retried = False
+        self.waiting = False
+        self._connection: UpstreamConnection | None = None
+
+    def __repr__(self) -> str:
+        return f"Route({self.stop.target}, depth={self.stop.depth}, waiting={self.waiting})"
+
+    # From target to target
+
+    def advance(self, now: float) -> bool:
+        """Go to the next target that may be tried. False: there is none, `stop` stays."""
+        for stop in self._ahead:
+            footing = stop.cooldown.admit(now) or self._at_worst
+            if footing:
+                self._tried = True
+                self._retried = False
+                self._footing = footing
+                self.stop = stop
+                return True
+        if self._tried:
+            return False
+        self._ahead = iter(sorted(self._stops, key=_recovery))
+        self._at_worst = ANYWAY
+        return self.advance(now)
+
+    def succeeded(self, now: float) -> None:
+        """The present target serves, or answered in order."""
+        if self._footing == SERVING:
+            self.stop.cooldown.succeeded(now)
+        else:
+            self.recovered(now)
+
+    def recovered(self, now: float) -> None:
+        """The present target, if it was cooling, has begun to answer."""
+        if self._footing != SERVING:
+            self._footing = SERVING
+            self.stop.cooldown.recovered(now)
+
+    def failed(self, failure: Failure, now: float) -> None:
+        """The attempt failed. What the client or we did wrong does not count against it."""
+        if isinstance(failure, ProviderRefused):
+            self.succeeded(now)
+        elif isinstance(failure, Unavailable):
+            self.forgone()
+        else:
+            seconds = failure.retry_after_seconds if failure.status == 429 else 0
+            self.stop.cooldown.failed(now, self._footing == PROBE, seconds or 0)
+            self._footing = SERVING
+
+    def forgone(self) -> None:
+        """The attempt ended before it could tell anything of the target."""
+        if self._footing == PROBE:
+            self._footing = SERVING
+            self.stop.cooldown.forgone()
+
+    # To the present target
+
+    def connect(self, user: UpstreamUser, fresh: bool = False) -> None:
+        """`user` hears `upstream_ready` or `upstream_refused`, unless it drops before."""
+        self.waiting = True
+        self.stop.pool.acquire(user, fresh)
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        self.waiting = False
+        self._connection = connection
+
+    def refused(self) -> None:
+        self.waiting = False
+
+    def may_retry(self) -> bool:
+        """The connection was lost. True, once: it was a pooled one that had been closed
+        unseen, so that nothing was answered."""
+        connection, self._connection = self._connection, None
+        unseen = connection is not None and connection.reused and not connection.heard
+        if not unseen or self._retried:
+            return False
+        self._retried = True
+        return True
+
+    def ended(self) -> None:
+        """The answer has ended in order: the connection is the pool's again."""
+        self._connection = None
+
+    def release(self) -> None:
+        """All that matters of the answer has come."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release()
+
+    def drop(self, user: UpstreamUser) -> None:
+        """Cut the attempt off, wherever it is."""
+        if self.waiting:
+            self.waiting = False
+            self.stop.pool.forget(user)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+
+    def pause(self) -> None:
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.resume()
+
+
+def _recovery(stop: Stop) -> float:
+    return stop.cooldown.until
 
 
 class Routing:
-    """The catalogue in force, and each target's request head up to the parts that vary."""
+    """The catalogue in force, and the stops of each of its models."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        self.catalogue = catalogue
-        self._heads: dict[tuple[str, str], bytes] = {}
+    def __init__(
+        self, catalogue: Catalogue, upstreams: Upstreams, rules: CooldownRules, changed: Changed
+    ) -> None:
+        self._upstreams = upstreams
+        self._rules = rules
+        self._changed = changed
+        self._cooldowns: dict[tuple[ProviderPool, str], Cooldown] = {}
+        self._routes: dict[str, tuple[Model, tuple[Stop, ...]]] = {}
+        self.replace(catalogue)
+
+    def __repr__(self) -> str:
+        return f"Routing({len(self._routes)} models, cooling={self.cooling})"
 
     def replace(self, catalogue: Catalogue) -> None:
+        """Put a catalogue in force; targets that stay keep their record. Raises CatalogueError."""
+        pools = self._upstreams.replace(catalogue.providers.values())
+        known, self._cooldowns = self._cooldowns, {}
+        self._routes = {
+            name: (model, tuple(self._stops(model, pools, known)))
+            for name, model in catalogue.models.items()
+        }
         self.catalogue = catalogue
-        self._heads = {}
 
     def model(self, name: str) -> Model:
         """Raises ModelNotFound."""
-        model = self.catalogue.models.get(name)
-        if model is None:
-            raise ModelNotFound(f"The model `{name[:100]}` does not exist here.", param="model")
-        return model
+        return self._route(name)[0]
 
-    def request_head(self, target: Target, path: str) -> bytes:
-        """The upstream request head for `path`, less its length and request id."""
-        known = self._heads.get((str(target.provider.name), path))
-        if known is None:
-            known = self._heads[target.provider.name, path] = _head(target, path)
-        return known
+    def route(self, name: str) -> Route:
+        """A new way to be served. Raises ModelNotFound."""
+        return Route(*self._route(name))
+
+    @property
+    def cooling(self) -> int:
+        """How many targets are being passed over."""
+        return sum(cooldown.cooling for cooldown in self._cooldowns.values())
+
+    def _route(self, name: str) -> tuple[Model, tuple[Stop, ...]]:
+        found = self._routes.get(name)
+        if found is None:
+            raise ModelNotFound(f"The model `{name[:100]}` does not exist here.", param="model")
+        return found
+
+    def _stops(
+        self,
+        model: Model,
+        pools: dict[str, ProviderPool],
+        known: dict[tuple[ProviderPool, str], Cooldown],
+    ) -> Iterator[Stop]:
+        for depth, target in enumerate(model.targets):
+            pool = pools[target.provider.name]
+            where = (pool, target.model)
+            cooldown = self._cooldowns.get(where) or known.get(where)
+            if cooldown is None:
+                cooldown = Cooldown(self._rules, partial(self._changed, str(target)))
+            self._cooldowns[where] = cooldown
+            yield Stop(target, depth, pool, cooldown)
 
 
 def _head(target: Target, path: str) -> bytes:

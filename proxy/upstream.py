@@ -1,203 +1,45 @@
-"""[6] Pooled keep-alive connections to providers: open, send, read answers, reuse.
+"""[6] The connections to providers: found, opened, kept, bounded, closed.
 
-Owns connections and their bounds. Whoever uses one implements `UpstreamUser`; each use ends
-with exactly one of `upstream_end`, `upstream_lost` or the user's own `release()` (it needs
-no more of this answer) or `abandon()` (cut it).
+Owns how many connections there are, who waits for one, and where they lead. What is said on
+one is `upstream_connection`'s.
 
-Theory of operation: a pool keeps idle connections last-in first-out, opens new ones up to
-its bound (names are resolved anew each time), and beyond it lets users wait in order. A
-connection goes back to the pool when an answer has ended cleanly and may be kept alive. The
-provider may have closed a pooled connection unseen; `reused` and `heard` tell the user
-whether sending once more is safe.
+Theory of operation: a pool keeps idle connections last-in first-out, opens new ones up to its
+bound, and beyond it lets users wait in order. A user waits, or has a connection dialled for
+it, or has one; `forget` ends the first two. Every connection is in `_open` from the end of
+its dialling to its loss; whatever makes room (`_fill`) serves who has waited longest.
+
+A name is resolved anew for each connection (a lookup under way is shared by a burst). A
+connection ends when it has been idle too long, when it is too old, or when its address has
+been missing from the name's answers for as long as an idle connection is kept: answers may
+take turns, so once is not enough. Sessions of TLS are taken up again, see `upstream_tls`.
 """
 
 import asyncio
 import ssl
 from collections import deque
-from typing import Protocol, cast
-
-import httptools
+from collections.abc import Awaitable, Callable, Iterable
+from socket import SOCK_STREAM
+from typing import Any, cast
 
 from accounting.contract.catalogue import Provider
 from accounting.contract.errors import Failure, ProviderUnreachable, Unavailable
+from accounting.contract.settings import Settings
+from proxy.upstream_connection import UpstreamConnection, UpstreamUser
+from proxy.upstream_tls import ResumingContext, context_of, reason_of
 
 _RELEASE_SECONDS = 2.0  # an answer that was complete to its user may take this long to end
 
-
-class UpstreamUser(Protocol):
-    """What a connection tells the one who uses it."""
-
-    def upstream_ready(self, connection: "UpstreamConnection") -> None: ...
-    def upstream_refused(self, failure: Failure) -> None: ...
-    def upstream_head(self, status: int, headers: dict[bytes, bytes]) -> None: ...
-    def upstream_body(self, data: bytes) -> None: ...
-    def upstream_end(self) -> None: ...
-    def upstream_lost(self, garbled: bool) -> None: ...
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+Distrusted = Callable[[str, str, bool], None]  # provider, why, whether it was trusted before
 
 
-class UpstreamConnection(asyncio.Protocol):
-    """One HTTP/1.1 client connection, serving one user at a time."""
-
-    __slots__ = (
-        "_complete", "_headers", "_keep", "_parser", "_pieces", "_pool", "_status", "_transport",
-        "_until_close", "heard", "idle_since", "releasing", "reused", "user",
-    )  # fmt: skip
-
-    def __init__(self, pool: "ProviderPool") -> None:
-        self._pool = pool
-        self._transport: asyncio.Transport | None = None
-        self.user: UpstreamUser | None = None
-        self.reused = False
-        self.idle_since = 0.0
-        self._reset()
-
-    def __repr__(self) -> str:
-        return f"UpstreamConnection(in_use={self.user is not None}, reused={self.reused})"
-
-    def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
-        self._status = 0
-        self._headers: dict[bytes, bytes] = {}
-        self._pieces: list[bytes] = []
-        self._complete = False
-        self._keep = False
-        self._until_close = False
-        self.heard = False
-        self.releasing = False
-
-    def send(self, head: bytes, body: bytes) -> None:
-        assert self._transport is not None
-        self._transport.writelines([head, body])
-
-    def pause(self) -> None:
-        if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
-
-    def release(self) -> None:
-        """The user has all it needs: read the answer's last bytes, then keep the connection."""
-        self.user = None
-        self.resume()
-        if self._complete:
-            self._finish()
-        else:
-            self.releasing = True
-            self.idle_since = asyncio.get_running_loop().time()
-
-    def abandon(self) -> None:
-        """The user is done with an answer that has not ended: cut it at once."""
-        self.user = None
-        if self._transport is not None:
-            self._transport.abort()
-
-    @property
-    def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        user = self.user
-        if user is None:
-            self._read_rest(data)
-            return
-        self.heard = True
-        had_head = self._status
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if not self._complete:
-                self._lose(garbled=True)
-                return
-            self._keep = False
-        if self._status and not had_head:
-            user.upstream_head(self._status, self._headers)
-        pieces = self._pieces
-        if pieces and self.user is user:
-            self._pieces = []
-            user.upstream_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        if self._complete and self.user is user:
-            self._finish()
-            user.upstream_end()
-
-    def _read_rest(self, data: bytes) -> None:
-        """Bytes nobody waits for: the end of a released answer, else something is wrong."""
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.releasing = False
-        self._pieces.clear()
-        if not self.releasing:
-            self.abandon()
-        elif self._complete:
-            self._finish()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        self._pool.closed(self)
-        user = self.user
-        if user is None:
-            return
-        if self._until_close and error is None:
-            self.user = None
-            user.upstream_end()
-        else:
-            self._lose(garbled=False)
-
-    def _lose(self, garbled: bool) -> None:
-        user, self.user = self.user, None
-        if self._transport is not None:
-            self._transport.abort()
-        if user is not None:
-            user.upstream_lost(garbled)
-
-    def _finish(self) -> None:
-        """The answer has ended: back to the pool, or closed if it may not be kept."""
-        self.user = None
-        if self._keep and self.usable:
-            self._reset()
-            self.reused = True
-            self._pool.put_back(self)
-        elif self._transport is not None:
-            self._transport.abort()
-
-    # httptools
-
-    def on_message_begin(self) -> None:
-        """Something follows a whole answer, and nobody asked for it: keep it from the next."""
-        if self._complete:
-            self._keep = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower()] = value
-
-    def on_headers_complete(self) -> None:
-        if self._complete:
-            return
-        status = self._parser.get_status_code()
-        if status < 200:  # an interim answer; 101 would be an upgrade nobody asked for
-            self._headers = {}
-            return
-        self._status = status
-        headers = self._headers
-        self._until_close = not (
-            b"content-length" in headers or b"transfer-encoding" in headers or status in (204, 304)
-        )
-
-    def on_body(self, body: bytes) -> None:
-        if not self._complete:
-            self._pieces.append(body)
-
-    def on_message_complete(self) -> None:
-        if self._status and not self._until_close and not self._complete:
-            self._complete = True
-            self._keep = self._parser.should_keep_alive()
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of `host`, in the order to try them. Raises OSError."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    except UnicodeError:
+        raise OSError("not a name that can be looked up") from None
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 class ProviderPool:
@@ -206,38 +48,57 @@ class ProviderPool:
     def __init__(
         self,
         provider: Provider,
-        limit: int,
-        waiting_limit: int,
-        idle_seconds: float,
-        connect_seconds: float,
+        settings: Settings,
+        context: ResumingContext | None,
+        resolve: Resolve,
+        distrusted: Distrusted,
     ) -> None:
         self._provider = provider
-        self._limit = limit
-        self._waiting_limit = waiting_limit
-        self._idle_seconds = idle_seconds
-        self._connect_seconds = provider.connect_timeout_seconds or connect_seconds
-        self._context = _tls_context(provider) if provider.tls else None
+        self._limit = settings.upstream_connections
+        self._waiting_limit = settings.upstream_waiting
+        self._idle_seconds = settings.upstream_idle_seconds
+        self._age_seconds = settings.upstream_age_seconds
+        self._connect_seconds = provider.connect_timeout_seconds or settings.connect_timeout_seconds
+        self._context = context
+        self._resolve = resolve
+        self._distrusted = distrusted
         self._loop = asyncio.get_running_loop()
-        self._idle: list[UpstreamConnection] = []
+        self._idle: dict[UpstreamConnection, None] = {}  # the longest idle first
         self._waiting: deque[UpstreamUser] = deque()
-        self._dialling: dict[asyncio.Task[None], UpstreamUser] = {}
+        self._dialling: dict[UpstreamUser, asyncio.Task[None]] = {}
+        self._dials: set[asyncio.Task[None]] = set()  # those forgotten, too, until they ended
         self._open: set[UpstreamConnection] = set()
+        self._lookup: asyncio.Task[list[str]] | None = None
+        self._seen: dict[str, float] = {}  # addresses, and when the name last led there
+        self._trusted = True
+        self._retired = False
 
     def __repr__(self) -> str:
         return (
-            f"ProviderPool({self._provider.name}, open={len(self._open)}, "
-            f"idle={len(self._idle)}, waiting={len(self._waiting)})"
+            f"ProviderPool({self._provider.name}, open={len(self._open)}, idle={len(self._idle)}, "
+            f"dialling={len(self._dials)}, waiting={len(self._waiting)})"
         )
 
+    def leads_to(self, provider: Provider) -> bool:
+        """Whether this pool would do for `provider`; a `ca_file` may have been replaced."""
+        return not provider.ca_file and _way_to(provider) == _way_to(self._provider)
+
+    # For users
+
     def acquire(self, user: UpstreamUser, fresh: bool = False) -> None:
-        """Give `user` a connection (`upstream_ready`) now or soon, or `upstream_refused`."""
+        """Give `user` a connection (`upstream_ready`) now or soon, or `upstream_refused`.
+
+        `fresh`: not one that was used before, unless all that may be open are in use.
+        """
         while self._idle and not fresh:
-            connection = self._idle.pop()
+            connection, _ = self._idle.popitem()
             if connection.usable:
                 connection.user = user
                 user.upstream_ready(connection)
                 return
-        if len(self._open) + len(self._dialling) < self._limit:
+        if fresh and not self._has_room and self._idle:
+            self._give_up(next(iter(self._idle)))
+        if self._has_room:
             self._dial(user)
         elif len(self._waiting) < self._waiting_limit:
             self._waiting.append(user)
@@ -246,104 +107,233 @@ class ProviderPool:
 
     def forget(self, user: UpstreamUser) -> None:
         """A user left before it had a connection."""
-        if user in self._waiting:
+        task = self._dialling.pop(user, None)
+        if task is not None:
+            task.cancel()
+        elif user in self._waiting:
             self._waiting.remove(user)
-        for task, waiting in self._dialling.items():
-            if waiting is user:
-                task.cancel()
-                break
+
+    # For connections
 
     def put_back(self, connection: UpstreamConnection) -> None:
-        if self._waiting:
+        """An answer has ended in order, and the connection can carry another."""
+        now = self._loop.time()
+        if self._retired or self._outlived(connection, now):
+            connection.abandon()
+        elif self._waiting:
             user = self._waiting.popleft()
             connection.user = user
-            self._loop.call_soon(self._hand_over, connection, user)
-            return
-        connection.idle_since = self._loop.time()
-        self._idle.append(connection)
+            user.upstream_ready(connection)
+        else:
+            connection.idle_since = now
+            self._idle[connection] = None
+
+    def learned(self, connection: UpstreamConnection) -> None:
+        """A connection has its first answer: its TLS session is known by now."""
+        if self._context is not None and connection.tls is not None:
+            self._context.remember(connection.tls)
 
     def closed(self, connection: UpstreamConnection) -> None:
         self._open.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        if self._waiting and len(self._open) + len(self._dialling) < self._limit:
-            self._dial(self._waiting.popleft())
+        self._idle.pop(connection, None)
+        self._fill()
+
+    # For the worker
 
     def sweep(self) -> None:
-        """Close what has been idle too long: oldest first, as they lie."""
-        before = self._loop.time() - self._idle_seconds
-        for connection in [one for one in self._idle if one.idle_since < before]:
-            self._idle.remove(connection)
-            connection.abandon()
-        late = self._loop.time() - _RELEASE_SECONDS
+        """Close what has been idle for too long, and answers that do not come to their end."""
+        now = self._loop.time()
+        idle_before, late = now - self._idle_seconds, now - _RELEASE_SECONDS
+        for connection in list(self._idle):
+            if connection.idle_since < idle_before or self._outlived(connection, now):
+                self._give_up(connection)
         for connection in [one for one in self._open if one.releasing and one.idle_since < late]:
             connection.abandon()
 
+    def retire(self) -> None:
+        """Serve those who came, keep no connection."""
+        self._retired = True
+        for connection in list(self._idle):
+            self._give_up(connection)
+
+    @property
+    def empty(self) -> bool:
+        return not (self._open or self._dials or self._waiting)
+
     def close(self) -> None:
-        for task in self._dialling:
+        self._waiting.clear()
+        for task in (*self._dials, *([self._lookup] if self._lookup else [])):
             task.cancel()
         for connection in list(self._open):
             connection.abandon()
         self._idle.clear()
 
-    def _hand_over(self, connection: UpstreamConnection, user: UpstreamUser) -> None:
-        if connection.user is user:
-            user.upstream_ready(connection)
+    # Its parts
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._open) + len(self._dials) < self._limit
+
+    def _fill(self) -> None:
+        """There may be room now: for those who have waited longest."""
+        while self._waiting and self._has_room:
+            self._dial(self._waiting.popleft())
+
+    def _outlived(self, connection: UpstreamConnection, now: float) -> bool:
+        """Whether a connection is too old, or its name leads elsewhere by now."""
+        too_old = now - connection.made_at > self._age_seconds
+        return too_old or connection.address not in self._seen
+
+    def _give_up(self, connection: UpstreamConnection) -> None:
+        """Close an idle connection; its place is free at once."""
+        del self._idle[connection]
+        self._open.discard(connection)
+        connection.abandon()
 
     def _dial(self, user: UpstreamUser) -> None:
-        task = self._loop.create_task(self._connect(user))
-        self._dialling[task] = user
+        task = self._dialling[user] = self._loop.create_task(self._connect(user))
+        self._dials.add(task)
         task.add_done_callback(self._dialled)
 
     def _dialled(self, task: asyncio.Task[None]) -> None:
-        self._dialling.pop(task, None)
+        self._dials.discard(task)
+        self._fill()
+        if not task.cancelled():
+            task.result()
 
     async def _connect(self, user: UpstreamUser) -> None:
-        provider = self._provider
+        """Ends with `user` served or refused, or, when it left, with nothing open."""
+        connection = UpstreamConnection(self)
+        failed: OSError | None = None
         try:
-            async with asyncio.timeout(self._connect_seconds):
-                _, connection = await self._loop.create_connection(
-                    lambda: UpstreamConnection(self),
-                    provider.host,
-                    provider.port,
-                    ssl=self._context,
-                )
-        except (OSError, TimeoutError, ssl.SSLError):
-            user.upstream_refused(ProviderUnreachable())
+            await self._reach(connection)
+        except OSError as error:  # names, sockets, time-outs and TLS alike
+            failed = error
+        except asyncio.CancelledError:
+            connection.abandon()
+            raise
+        del self._dialling[user]
+        self._dials.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+        if failed is not None or not connection.usable:
+            connection.abandon()
+            self._fill()
+            user.upstream_refused(self._failure_of(failed))
             return
+        self._trusted = True
         self._open.add(connection)
+        connection.made_at = self._loop.time()
         connection.user = user
         user.upstream_ready(connection)
 
+    async def _reach(self, connection: UpstreamConnection) -> None:
+        """Connect to the first address that answers, each given its share of the time left.
 
-def _tls_context(provider: Provider) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=provider.ca_file or None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+        Raises OSError. A failed handshake is final for its address: nothing is ever sent in
+        clear to a provider that has TLS.
+        """
+        provider, loop = self._provider, self._loop
+        tls: dict[str, Any] = {}
+        if self._context is not None:
+            tls = {"ssl": self._context, "server_hostname": provider.host}
+        async with asyncio.timeout(self._connect_seconds) as whole:
+            addresses = await self._addresses()
+            for left in range(len(addresses), 0, -1):
+                address = addresses[-left]
+                share = (cast("float", whole.when()) - loop.time()) / left
+                try:
+                    async with asyncio.timeout(share):
+                        await loop.create_connection(
+                            lambda: connection, address, provider.port, **tls
+                        )
+                    connection.address = address
+                    return
+                except OSError:
+                    if left == 1:
+                        raise
+
+    async def _addresses(self) -> list[str]:
+        """Where the provider's name leads now; a lookup under way is joined. Raises OSError."""
+        if self._lookup is None:
+            self._lookup = self._loop.create_task(self._look_up())
+            self._lookup.add_done_callback(self._looked_up)
+        return await asyncio.shield(self._lookup)
+
+    async def _look_up(self) -> list[str]:
+        found = await self._resolve(self._provider.host, self._provider.port)
+        if not found:
+            raise OSError("the name has no address")
+        now = self._loop.time()
+        before = now - self._idle_seconds
+        self._seen = {known: at for known, at in self._seen.items() if at >= before}
+        self._seen |= dict.fromkeys(found, now)
+        return found
+
+    def _looked_up(self, task: "asyncio.Task[list[str]]") -> None:
+        self._lookup = None
+        if not task.cancelled():
+            task.exception()  # those who asked have it, if any are left
+
+    def _failure_of(self, error: OSError | None) -> Failure:
+        if isinstance(error, ssl.SSLError):
+            if self._context is not None:
+                self._context.forget(self._provider.host)
+            self._distrusted(self._provider.name, reason_of(error), self._trusted)
+            self._trusted = False
+        return ProviderUnreachable()
+
+
+def _way_to(provider: Provider) -> tuple[object, ...]:
+    return (
+        *(provider.host, provider.port, provider.tls, provider.ca_file),
+        provider.connect_timeout_seconds,
+    )
 
 
 class Upstreams:
-    """The pools of all providers, made when first used."""
+    """The pools of all providers of the catalogue, and of retired ones still in use."""
 
     def __init__(
-        self, limit: int, waiting_limit: int, idle_seconds: float, connect_seconds: float
+        self, settings: Settings, distrusted: Distrusted, resolve: Resolve = resolve
     ) -> None:
-        self._bounds = (limit, waiting_limit, idle_seconds, connect_seconds)
-        self._pools: dict[Provider, ProviderPool] = {}
+        self._settings = settings
+        self._distrusted = distrusted
+        self._resolve = resolve
+        self._pools: dict[str, ProviderPool] = {}
+        self._retired: list[ProviderPool] = []
 
     def __repr__(self) -> str:
-        return f"Upstreams({list(self._pools.values())!r})"
+        return f"Upstreams({list(self._pools.values())!r}, retired={self._retired!r})"
 
-    def pool(self, provider: Provider) -> ProviderPool:
-        pool = self._pools.get(provider)
-        if pool is None:
-            pool = self._pools[provider] = ProviderPool(provider, *self._bounds)
-        return pool
+    def replace(self, providers: Iterable[Provider]) -> dict[str, ProviderPool]:
+        """A pool for each, by name; those that lead there already stay.
+
+        Raises CatalogueError for a `ca_file` that cannot be used, and changes nothing then.
+        """
+        contexts: dict[str, ResumingContext] = {}
+        pools: dict[str, ProviderPool] = {}
+        for provider in providers:
+            known = self._pools.get(provider.name)
+            if known is not None and known.leads_to(provider):
+                pools[provider.name] = known
+                continue
+            if provider.tls and provider.ca_file not in contexts:
+                contexts[provider.ca_file] = context_of(provider)
+            context = contexts[provider.ca_file] if provider.tls else None
+            pools[provider.name] = ProviderPool(
+                provider, self._settings, context, self._resolve, self._distrusted
+            )
+        for name, pool in self._pools.items():
+            if pools.get(name) is not pool:
+                pool.retire()
+                self._retired.append(pool)
+        self._pools = pools
+        return pools
 
     def sweep(self) -> None:
-        for pool in self._pools.values():
+        for pool in (*self._pools.values(), *self._retired):
             pool.sweep()
+        self._retired = [pool for pool in self._retired if not pool.empty]
 
     def close(self) -> None:
-        for pool in self._pools.values():
+        for pool in (*self._pools.values(), *self._retired):
             pool.close()

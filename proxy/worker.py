@@ -21,6 +21,7 @@ from accounting.contract.errors import Unavailable
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Settings, load
 from proxy.aiohttp_lane import AiohttpLane
+from proxy.cooldown import CooldownRules
 from proxy.front_door import FrontDoor
 from proxy.journal import Journal, find_orphans
 from proxy.keys import Keys
@@ -79,7 +80,19 @@ class Worker:
         settings, pipe, now = self._settings, self._pipe, self._loop.time
         journal = Journal(self._journals / f"{self._boot}.journal", settings.journal_slots)
         keys = Keys(pipe, settings.key_cache_entries, settings.key_cache_seconds, now)
-        routing = Routing(catalogue.load(settings.catalogue, os.environ, settings.sandbox))
+        upstreams = Upstreams(settings, self._distrusted)
+        routing = Routing(
+            catalogue.load(settings.catalogue, os.environ, settings.sandbox),
+            upstreams,
+            CooldownRules(
+                settings.cooldown_window_seconds,
+                settings.cooldown_failures,
+                settings.cooldown_rate,
+                settings.cooldown_seconds,
+                settings.cooldown_limit_seconds,
+            ),
+            self._target_changed,
+        )
         return Services(
             settings=settings,
             loop=self._loop,
@@ -88,12 +101,7 @@ class Worker:
             keys=keys,
             leases=Leases(pipe, self._boot, now),
             routing=routing,
-            upstreams=Upstreams(
-                settings.upstream_connections,
-                settings.upstream_waiting,
-                settings.upstream_idle_seconds,
-                settings.connect_timeout_seconds,
-            ),
+            upstreams=upstreams,
             journal=journal,
             settlement=Settlement(
                 pipe,
@@ -192,6 +200,7 @@ class Worker:
             services.leases.release_idle()
             counters.set("tollgate_connections", len(services.connections))
             counters.set("tollgate_exchanges", len(services.exchanges))
+            counters.set("tollgate_targets_cooling", services.routing.cooling)
             counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
             counters.set("tollgate_journal_slots_used", services.journal.used)
 
@@ -250,15 +259,27 @@ class Worker:
         self._counters.add("tollgate_settle_refusals")
         say("settle refused", why=why)
 
+    def _distrusted(self, provider: str, why: str, trusted_before: bool) -> None:
+        self._counters.add("tollgate_upstream_tls_failures")
+        if trusted_before:
+            say("provider not trusted", provider=provider, why=why)
+
+    def _target_changed(self, target: str, seconds: float) -> None:
+        if seconds:
+            self._counters.add("tollgate_cooldowns")
+            say("target passed over", target=target, seconds=seconds)
+        else:
+            say("target serves again", target=target)
+
     def reload(self) -> None:
         """SIGHUP: the catalogue anew; a broken one changes nothing."""
         settings = self._settings
         try:
             found = catalogue.load(settings.catalogue, os.environ, settings.sandbox)
+            self.services.routing.replace(found)
         except catalogue.CatalogueError as error:
             say("catalogue refused", why=str(error))
             return
-        self.services.routing.replace(found)
         say("catalogue loaded", models=len(found.models))
 
 
@@ -271,7 +292,7 @@ def main(arguments: list[str]) -> int:
     listener = socket.socket(fileno=descriptor)
     try:
         uvloop.run(_main(row, listener, metrics_path))
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, catalogue.CatalogueError) as error:
         say("worker failed", why=str(error) or type(error).__name__)
         return 1
     return 0

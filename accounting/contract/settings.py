@@ -162,6 +162,24 @@ class Settings(Struct, frozen=True, kw_only=True):
     upstream_idle_seconds: Annotated[
         float, _between(0.1, 3600, "an unused provider connection is kept")
     ] = 30.0
+    upstream_age_seconds: Annotated[
+        float, _between(1, DAY, "a provider connection is used again; then its name is looked up")
+    ] = 600.0
+    cooldown_window_seconds: Annotated[
+        float, _between(0.1, 3600, "a target's failures are counted this long")
+    ] = 30.0
+    cooldown_failures: Annotated[
+        int, _between(1, 100_000, "failures in the window before a target is passed over")
+    ] = 5
+    cooldown_rate: Annotated[
+        float, _between(0.01, 1, "the share of a target's attempts that must have failed, too")
+    ] = 0.5
+    cooldown_seconds: Annotated[
+        float, _between(0.01, 3600, "a target is first passed over; doubled by a failed probe")
+    ] = 5.0
+    cooldown_limit_seconds: Annotated[
+        float, _between(0.01, DAY, "a target is passed over at most, also by its Retry-After")
+    ] = 300.0
 
     redis_timeout_seconds: Annotated[
         float, _between(0.01, 30, "for a reply from Redis; then 503")
