@@ -36,6 +36,7 @@ from tests.waiting import eventually, free_port
 PROVIDER_KEY = "sk-provider-secret-0123456789"
 INPUT_UCR, CACHED_UCR, OUTPUT_UCR = 15, 7.5, 60  # per token
 BALANCE_UCR = 2_000_000_000
+_STOP_SECONDS = 20.0
 
 CATALOGUE = """
 [providers.main]
@@ -187,7 +188,8 @@ class Proxy:
     async def stop(self) -> None:
         """As SIGTERM does."""
         self.worker._stopping.set()
-        await self._task
+        async with asyncio.timeout(_STOP_SECONDS):
+            await self._task
 
 
 class Scene:
