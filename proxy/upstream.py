@@ -162,6 +162,7 @@ class ProviderPool:
 
     def close(self) -> None:
         self._waiting.clear()
+        self._dialling.clear()
         for task in (*self._dials, *([self._lookup] if self._lookup else [])):
             task.cancel()
         for connection in list(self._open):

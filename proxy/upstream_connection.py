@@ -201,14 +201,14 @@ class UpstreamConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
+        if not self.reused:
+            self.reused = True
+            self._pool.learned(self)
         if not self._keep or transport.is_closing() or transport.get_write_buffer_size():
             transport.abort()
             return
         if self._paused:
             self.resume()
-        if not self.reused:
-            self.reused = True
-            self._pool.learned(self)
         self._reset()
         self._pool.put_back(self)
 
