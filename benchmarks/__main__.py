@@ -16,11 +16,13 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import catalogue, kernel, processes, report, subjects
+from benchmarks import catalogue, chart, kernel, micro, processes, report, subjects
 from benchmarks.measures import Measurement, Plan, Scenario, Subject
 from benchmarks.processes import Cores, ProcessFailure
+from benchmarks.report import Report
 
 RESULTS = Path(__file__).parent / "results"
+MICRO = "micro"
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
 def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("scenario", choices=catalogue.NAMES)
+    parser.add_argument("scenario", choices=[*catalogue.NAMES, MICRO])
     parser.add_argument("--repetitions", type=int, help="default: the scenario's own")
     parser.add_argument("--seconds", type=float, help="of each measured window")
     parser.add_argument("--warmup", type=float, help="seconds before each window")
@@ -47,6 +49,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--client", choices=["auto", "wrk", "own"], default="auto")
     parser.add_argument("--provider-listen", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--no-pin", action="store_true", help="let the kernel choose cores")
+    parser.add_argument("--quote", action="store_true", help="save as the quoted figures")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     subjects.add_options(parser)
     options = parser.parse_args()
@@ -63,6 +66,20 @@ async def run(options: argparse.Namespace) -> bool:
     cores = processes.choose_cores(pin=not options.no_pin)
     if cores.load is not None:
         os.sched_setaffinity(0, {cores.load})
+    made = [] if options.scenario == MICRO else await run_scenarios(options, cores)
+    if options.scenario in (MICRO, "all"):
+        await run_micro(options)
+    drawn = chart.draw(made)
+    if drawn:
+        at = made[0].at
+        place = report.write(options.results, "cpu", at, "svg", drawn.encode(), options.quote)
+        print(f"saved {place}")
+    return all(one.audit in ("", "clean") for one in made)
+
+
+async def run_scenarios(options: argparse.Namespace, cores: Cores) -> list[Report]:
+    """Everything that is started, and each scenario in turn."""
+    made = []
     async with contextlib.AsyncExitStack() as stack:
         provider, provider_url = await stack.enter_async_context(
             processes.start_provider(options.provider_listen, cores.load)
@@ -70,31 +87,35 @@ async def run(options: argparse.Namespace) -> bool:
         found = [
             subject async for subject in subjects.subjects_of(options, provider_url, cores, stack)
         ]
-        clean = True
         for scenario in catalogue.named(options.scenario):
-            clean &= await run_scenario(scenario, options, cores, found, provider.pid)
-    return clean
+            ours = [subject for subject in found if scenario.takes(subject)]
+            if ours:
+                plan = plan_of(scenario, options, cores)
+                made.append(await run_scenario(scenario, plan, ours, provider.pid))
+                print(report.table(made[-1]))
+                print(
+                    f"saved {report.save(made[-1], options.results, options.quote)}\n", flush=True
+                )
+            else:
+                print(f"{scenario.name}: nothing to measure with these options", file=sys.stderr)
+    return made
 
 
 async def run_scenario(
-    scenario: Scenario,
-    options: argparse.Namespace,
-    cores: Cores,
-    found: list[Subject],
-    provider: int,
-) -> bool:
-    """Measure, audit, print and save one scenario; whether the audit was clean."""
-    plan = plan_of(scenario, options, cores)
-    ours = [subject for subject in found if scenario.takes(subject)]
-    if not ours:
-        print(f"{scenario.name}: nothing to measure with these options", file=sys.stderr)
-        return True
-    measured = await measure_all(scenario, plan, ours, {"provider": [provider]})
-    audits = [await subject.product.audit() for subject in ours if subject.product is not None]
-    made = report.report_of(scenario, plan, measured, "; ".join(audits))
-    print(report.table(made))
-    print(f"saved {report.save(made, options.results)}\n", flush=True)
-    return all(audit == "clean" for audit in audits)
+    scenario: Scenario, plan: Plan, found: list[Subject], provider: int
+) -> Report:
+    """Measure one scenario, then audit."""
+    measured = await measure_all(scenario, plan, found, {"provider": [provider]})
+    audits = [await subject.product.audit() for subject in found if subject.product is not None]
+    return report.report_of(scenario, plan, measured, "; ".join(audits))
+
+
+async def run_micro(options: argparse.Namespace) -> None:
+    """The hot steps, one by one."""
+    steps = await micro.run()
+    print(micro.table(steps))
+    saved = report.save(report.micro_report(steps), options.results, options.quote)
+    print(f"saved {saved}\n", flush=True)
 
 
 def plan_of(scenario: Scenario, options: argparse.Namespace, cores: Cores) -> Plan:

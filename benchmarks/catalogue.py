@@ -8,6 +8,7 @@ SCENARIOS = {
     one.name: one for one in (*scenarios.SCENARIOS, *endurance.SCENARIOS, *stores.SCENARIOS)
 }
 SEVERAL = {
+    "rates": ("rate-1", "rate-16", "rate", "rate-256"),
     "big-bodies": ("big-prompts", "big-answers", "big-streams", "stalled-readers"),
     "redis": ("redis-hot", "redis-cold", "redis-mix"),
     # Memory per stream is looked at first: a process does not give back what it has had.

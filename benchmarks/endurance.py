@@ -23,6 +23,7 @@ MIB = 1024 * 1024
 OPENED_PER_SECOND = 600
 EVENTS_BESIDE_CONTENT = 4  # role, finish, usage, [DONE]
 WARMING_REQUESTS = 200
+LATE_SECONDS = 15.0
 STREAM_CHUNKS = 2560
 STALLED_CHUNK_BYTES = 16 * 1024
 MIX_RATE = 300.0
@@ -45,6 +46,7 @@ async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Me
 
     opening = streams / OPENED_PER_SECOND
     chunks = int(opening + plan.warmup_seconds + plan.seconds) + 2
+    lasts = chunks + 1 + opening  # the finish event comes a second after the last content
     script = f"chunks={chunks};chunk_bytes={EVENT_CONTENT_BYTES};chunk_delay_ms=1000;stamp=1"
     aim = target(subject, script, stream=True, extra={"stream_options": {"include_usage": True}})
     load = Load(
@@ -55,7 +57,8 @@ async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Me
         opening_seconds=opening,
         steady=True,
         at_edges=edge,
-        drain_seconds=chunks + opening,
+        limit_seconds=lasts + LATE_SECONDS,
+        drain_seconds=lasts + LATE_SECONDS,
         asks=[Ask(aim.request, streamed=True, events=chunks + EVENTS_BESIDE_CONTENT)],
     )
     result = await load.run()
@@ -197,7 +200,7 @@ async def mixed(subject: Subject, plan: Plan, concurrency: int, meter: Meter) ->
 
 
 def mixture(subject: Subject) -> Sequence[Ask]:
-    """A hundred requests in an order that is always the same."""
+    """A hundred requests in an order that is always the same; each twenty have the shares."""
     script = f"chunks={MIX_CHUNKS};chunk_bytes={EVENT_CONTENT_BYTES};chunk_delay_ms={MIX_DELAY_MS}"
 
     def streamed(more: str = "", *, leave_after: int | None = None, fault: bool = False) -> Ask:
@@ -207,12 +210,15 @@ def mixture(subject: Subject) -> Sequence[Ask]:
     def plain(script: str = "") -> Ask:
         return Ask(target(subject, script).request, fault=bool(script))
 
-    asks = [streamed(f";fault={fault}", fault=True) for fault in STREAM_FAULTS]
-    asks += [streamed(leave_after=MIX_LEAVE_AFTER)] * 10
-    asks += [streamed()] * (70 - len(asks))
-    asks += [plain(script) for script in PLAIN_FAULTS]
-    asks += [plain()] * (100 - len(asks))
-    random.Random(1).shuffle(asks)
+    failing = [streamed(f";fault={fault}", fault=True) for fault in STREAM_FAULTS]
+    failing += [plain(script) for script in PLAIN_FAULTS]
+    asks: list[Ask] = []
+    for one in failing:
+        twenty = [one, *[streamed(leave_after=MIX_LEAVE_AFTER)] * 2]
+        twenty += [streamed()] * (14 - sum(ask.streamed for ask in twenty))
+        twenty += [plain()] * (20 - len(twenty))
+        random.Random(len(asks)).shuffle(twenty)
+        asks += twenty
     return asks
 
 
@@ -228,9 +234,27 @@ SCENARIOS = (
         seconds=60.0,
         warmup_seconds=2.0,
     ),
-    Scenario("big-prompts", "plain requests, 1 MB in", "request", 8, big_prompts, seconds=2.0),
-    Scenario("big-answers", "plain answers of 10 MB", "request", 4, big_answers, seconds=2.0),
-    Scenario("big-streams", "streams of 10 MB", "request", 4, big_streams, seconds=2.0),
+    Scenario(
+        "big-prompts",
+        "plain requests, 1 MB in",
+        "request",
+        8,
+        big_prompts,
+        repetitions=2,
+        seconds=2.0,
+    ),
+    Scenario(
+        "big-answers",
+        "plain answers of 10 MB",
+        "request",
+        4,
+        big_answers,
+        repetitions=2,
+        seconds=2.0,
+    ),
+    Scenario(
+        "big-streams", "streams of 10 MB", "request", 4, big_streams, repetitions=2, seconds=2.0
+    ),
     Scenario(
         "stalled-readers",
         "clients that ask for 40 MB and read nothing",

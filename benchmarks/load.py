@@ -332,7 +332,7 @@ class Load:
         self._stopping = True
         while self._idle:
             self._idle.popleft().transport.close()
-        self._limit = self._drain
+        self._limit = min(self._limit, self._drain)
         try:
             await self._wait_for(lambda: not self._connections and not self._tasks)
         except TimeoutError:

@@ -18,6 +18,7 @@ import msgspec
 
 from benchmarks.measures import NGINX as BASELINE
 from benchmarks.measures import Measurement, Plan, Scenario
+from benchmarks.micro import Timed
 from benchmarks.nginx import nginx_path
 
 
@@ -175,11 +176,35 @@ def row(subject: Summary, extra: Sequence[str], figures: Sequence[str]) -> list[
     ]
 
 
-def save(report: Report, folder: Path) -> Path:
-    """Write the report as JSON into `folder`; gives the file."""
+class MicroReport(msgspec.Struct, frozen=True):
+    """The hot steps of one run, in µs of CPU each."""
+
+    at: datetime
+    machine: dict[str, str]
+    steps: list[Timed]
+    scenario: str = "micro"
+
+
+def micro_report(steps: list[Timed]) -> MicroReport:
+    """The report of steps just timed."""
+    return MicroReport(datetime.now(UTC), machine(), steps)
+
+
+def save(report: Report | MicroReport, folder: Path, quoted: bool = False) -> Path:
+    """Write the report as JSON into `folder`; gives the file.
+
+    `quoted`: under the name that stands for the figures quoted in texts, over the last ones.
+    """
+    data = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    return write(folder, report.scenario, report.at, "json", data + b"\n", quoted)
+
+
+def write(folder: Path, name: str, at: datetime, suffix: str, data: bytes, quoted: bool) -> Path:
+    """A file of results."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{report.scenario}-{report.at:%Y%m%dT%H%M%SZ}.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    stem = f"quoted-{name}" if quoted else f"{name}-{at:%Y%m%dT%H%M%SZ}"
+    path = folder / f"{stem}.{suffix}"
+    path.write_bytes(data)
     return path
 
 

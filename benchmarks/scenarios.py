@@ -23,6 +23,7 @@ STREAM_MAX_TOKENS = 16_000
 # No divisor of the cadence, so that streams opened evenly are spread over its phases.
 OPENING_MS_PER_STREAM = 2.474
 MARGIN_SECONDS = 0.5
+RATE = "plain requests, 1 KB in, 0.7 KB out"
 
 
 def chat_body(
@@ -106,7 +107,11 @@ async def burst(subject: Subject, plan: Plan, concurrency: int, meter: Meter) ->
 
 
 SCENARIOS = (
-    Scenario("rate", "plain requests, 1 KB in, 0.7 KB out", "request", 64, rate),
+    Scenario("rate", RATE, "request", 64, rate),
     Scenario("cadence", "streams, a 200-byte event every 20 ms", "chunk", 500, cadence),
     Scenario("burst", "streams of 200 events of 200 bytes, no delay", "chunk", 64, burst),
+    *(
+        Scenario(f"rate-{size}", RATE, "request", size, rate, repetitions=1, seconds=3.0)
+        for size in (1, 16, 256)
+    ),
 )

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from benchmarks.load import Load, Target, run_plain, run_streams, target_for
+from benchmarks.load import Ask, Load, Target, run_plain, run_streams, target_for
 from benchmarks.load_connection import credits_in, percentiles
 from benchmarks.provider import StandInProvider
 
@@ -174,3 +174,39 @@ async def test_wrong_use_is_refused():
         target_for("https://example.org/v1", {})
     with pytest.raises(ValueError, match="duration or a count"):
         Load(Target("h", 1, b""), concurrency=1)
+
+
+def asked(provider: StandInProvider, script: str, **more: object) -> Ask:
+    return Ask(target(provider, script, stream=True).request, streamed=True, **more)
+
+
+async def test_asks_are_made_in_turn_and_told_apart(provider):
+    asks = [
+        Ask(target(provider).request),
+        asked(provider, "chunks=30;chunk_delay_ms=5", leave_after=3),
+        asked(provider, "chunks=5;fault=reset_mid_stream", fault=True),
+        asked(provider, "chunks=4", events=4 + 3),
+        asked(provider, "chunks=4", events=4 + 5),
+    ]
+    result = await run_plain(target(provider), concurrency=1, count=10, asks=asks)
+    assert (result.requests_total, result.errors) == (10, {})
+    assert (result.left_total, result.faults_total, result.missed_total) == (2, 2, 2 * 2)
+    await provider.wait_until(lambda: provider.aborted >= 2)
+
+
+async def test_an_error_after_the_window_is_counted_while_answers_end(provider):
+    result = await run_streams(
+        target(provider, "chunks=20;chunk_delay_ms=5;fault=eof_mid_stream;fault_after=19", True),
+        concurrency=2,
+        duration_seconds=0.02,
+        steady=True,
+    )
+    assert sum(result.errors.values()) == 2
+
+
+async def test_events_cut_between_two_reads_are_counted(provider):
+    script = "chunks=40;split_events=1"
+    result = await run_plain(
+        target(provider), concurrency=1, count=3, asks=[asked(provider, script, events=43)]
+    )
+    assert (result.missed_total, result.chunks, result.errors) == (0, 3 * 43, {})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.catalogue import SCENARIOS
 from benchmarks.product import LIMITS
 
 pytestmark = pytest.mark.processes
@@ -34,24 +35,36 @@ def ours(run: dict) -> dict:
     return next(one for one in run["subjects"] if one["subject"] == "tollgate")
 
 
-async def test_tollgate_is_measured_with_its_parts_apart_and_its_books_clean(tmp_path):
+async def test_every_scenario_runs_on_tollgate_without_an_error_and_its_books_are_clean(tmp_path):
     output, runs = await bench(
         tmp_path,
-        *("rate", "--repetitions", "1", "--seconds", "1", "--warmup", "0"),
-        *("--concurrency", "4", "--client", "own"),
+        *("all", "--no-direct", "--no-nginx", "--repetitions", "1", "--seconds", "0.5"),
+        *("--warmup", "0", "--concurrency", "16", "--client", "own"),
     )
-    run = runs["rate"]
-    subject = ours(run)
-    assert (run["audit"], subject["errors"]) == ("clean", 0)
-    cpu = subject["cpu_us_per_unit"]
-    assert set(cpu) == {"tollgate", "redis", "provider", "load"}
-    assert all(spread["median"] > 0 for spread in cpu.values())
-    assert set(subject["figures"]) == {
-        "accounting lag s",
-        "accounting µs/event",
-        "postgres µs/event",
-    }
+    assert {step["name"] for step in runs.pop("micro")["steps"]} > {"parse head", "price"}
+    assert set(runs) == set(SCENARIOS)
+    for name, run in runs.items():
+        assert (run["audit"], ours(run)["errors"]) == ("clean", 0), name
+        cpu = ours(run)["cpu_us_per_unit"]
+        assert set(cpu) == {"tollgate", "redis", "provider", "load"}
+        assert cpu["tollgate"]["median"] > 0
+        assert {"accounting lag s", "accounting µs/event", "postgres µs/event"} <= set(
+            ours(run)["figures"]
+        )
+    figures = {name: medians(run) for name, run in runs.items()}
+    assert figures["open-streams"]["missed events"] == 0
+    assert figures["open-streams"]["streams"] == 16
+    assert figures["mixed"]["left"] > 0
+    assert figures["mixed"]["faults"] > 0
+    assert figures["mixed"]["held $ after"] == 0
+    assert figures["big-prompts"]["peak MB"] > 0
+    assert figures["redis-hot"]["requests/s per Redis core"] > 0
+    assert figures["accounting"]["backlog events"] > 0
     assert "audit: clean" in output
+
+
+def medians(run: dict) -> dict[str, float]:
+    return {name: spread["median"] for name, spread in ours(run)["figures"].items()}
 
 
 def test_every_limit_of_the_key_is_on():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -71,6 +72,14 @@ def test_saved_reports_are_json(tmp_path):
     assert saved["machine"]["processor"]
 
 
+def test_quoted_figures_replace_the_last_ones(tmp_path):
+    for cpu in (5.0, 6.0):
+        made = report.report_of(SCENARIOS["rate"], Plan(), [measured("ours", 0, cpu)])
+        assert report.save(made, tmp_path, quoted=True) == tmp_path / "quoted-rate.json"
+    saved = json.loads((tmp_path / "quoted-rate.json").read_bytes())
+    assert saved["subjects"][0]["cpu_us_per_unit"]["ours"]["median"] == 6.0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_are_one_kilobyte(stream):
     body = chat_body(Subject("s", "http://h/v1"), "chunks=5", stream)
@@ -94,7 +103,8 @@ def test_wrk_that_fails_says_why():
         wrk.result_in("unable to connect to 127.0.0.1:1\n")
 
 
-async def test_a_short_run_of_everything(tmp_path):
+@pytest.mark.processes
+async def test_a_short_run_of_everything_but_the_product(tmp_path):
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks", "all", "--repetitions", "1", "--seconds", "0.2"),
         *("--warmup", "0", "--concurrency", "4", "--client", "own", "--results", str(tmp_path)),
@@ -102,16 +112,31 @@ async def test_a_short_run_of_everything(tmp_path):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output
-    saved = [json.loads(path.read_bytes()) for path in tmp_path.iterdir()]
-    assert {run["scenario"] for run in saved} == set(SCENARIOS)
-    expected = ["direct", "nginx"] if nginx_path() else ["direct"]
-    for run in saved:
-        assert [subject["subject"] for subject in run["subjects"]] == expected
-        assert all(subject["errors"] == 0 for subject in run["subjects"])
-        assert all(subject["units_per_second"]["median"] > 0 for subject in run["subjects"])
+    runs = saved_in(tmp_path)
+    there = ["direct", "nginx"] if nginx_path() else ["direct"]
+    wanted = {
+        scenario.name: [name for name in there if scenario.takes(Subject(name, "http://h/v1"))]
+        for scenario in SCENARIOS.values()
+    }
+    assert len(runs.pop("micro")["steps"]) > 10
+    assert set(runs) == {name for name, subjects in wanted.items() if subjects}
+    for name, run in runs.items():
+        assert [subject["subject"] for subject in run["subjects"]] == wanted[name]
+        assert all(subject["errors"] == 0 for subject in run["subjects"]), (name, run)
+        assert all(one["result"]["requests_total"] > 0 for one in run["measurements"]), name
+    assert [path.suffix for path in listed(tmp_path, "cpu-*")] == [".svg"]
+
+
+def saved_in(results: Path) -> dict[str, dict]:
+    runs = [json.loads(path.read_bytes()) for path in listed(results, "*.json")]
+    return {run["scenario"]: run for run in runs}
+
+
+def listed(results: Path, pattern: str) -> list[Path]:
+    return sorted(results.glob(pattern))
 
 
 async def test_a_gateway_is_started_measured_and_its_parts_counted_apart(tmp_path):
@@ -135,7 +160,7 @@ async def test_a_gateway_is_started_measured_and_its_parts_counted_apart(tmp_pat
     async with asyncio.timeout(60):
         output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output
-    (saved,) = (json.loads(path.read_bytes()) for path in tmp_path.iterdir())
+    saved = saved_in(tmp_path)["burst"]
     (ours,) = saved["subjects"]
     assert ours["subject"] == "ours"
     assert set(ours["cpu_us_per_unit"]) == {"ours", "worker", "provider", "load"}
