@@ -220,8 +220,10 @@ class UpstreamConnection(asyncio.Protocol):
             self._keep = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._status:  # else it is a trailer, which nobody reads
-            self._headers[name.lower()] = value
+        if self._status:
+            return  # a trailer, which nobody reads
+        headers, name = self._headers, name.lower()
+        headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
 
     def on_headers_complete(self) -> None:
         if self._complete:

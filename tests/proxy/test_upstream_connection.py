@@ -197,6 +197,7 @@ GARBLED = {
     "a bad length": b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\nhello",
     "a bad chunk": CHUNKED + b"xyz\r\n",
     "a coding": CHUNKED.replace(b": chunked", b": gzip, chunked") + b"0\r\n\r\n",
+    "a second coding": CHUNKED.replace(b"transfer", b"transfer-encoding: gzip\r\ntransfer"),
     "a folded line": b"HTTP/1.1 200 OK\r\na: b\r\n c\r\ncontent-length: 0\r\n\r\n",
 }
 
@@ -232,6 +233,12 @@ def test_what_brings_no_body_is_bounded(name: str, block: int) -> None:
         said += len(piece)
     assert use.ended == "garbled" and use.wire.closed
     assert said <= 65_536 + block
+
+
+def test_a_header_that_comes_twice_is_a_list() -> None:
+    use = Use()
+    use.says(http(200, BODY, content_encoding="identity\r\nContent-Encoding: gzip"))
+    assert use.headers[b"content-encoding"] == b"identity, gzip"
 
 
 def test_a_long_stream_of_small_blocks_is_not_taken_for_mute() -> None:
