@@ -21,10 +21,12 @@ from accounting.contract.errors import (
     Failure,
     InvalidKey,
     MethodNotAllowed,
+    ModelNotFound,
     NotFound,
     RequestTimeout,
     Unavailable,
 )
+from accounting.contract.identifiers import new_id
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.settings import Settings
 from proxy.keys import Keys
@@ -66,10 +68,13 @@ class AiohttpLane:
             await self._client.close()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        request_id = new_id("req")
         try:
             response = await self._route(request)
         except Failure as failure:
-            response = _failed(failure)
+            response = _failed(failure, request_id)
+        response.headers.setdefault("x-request-id", request_id)  # the admin API gives its own
+        response.headers["server"] = "tollgate"
         response.force_close()
         return response
 
@@ -90,12 +95,13 @@ class AiohttpLane:
         record = await self._key(request)
         allowed = record.allowed_models
         models = self._routing.catalogue.models
+        shown = {name: one for name, one in models.items() if not allowed or name in allowed}
         name = path.removeprefix("/v1/models").removeprefix("/")
-        if name:
-            model = self._routing.model(name)
-            return _json(_described(model))
-        shown = [_described(one) for one in models.values() if not allowed or one.name in allowed]
-        return _json({"object": "list", "data": shown})
+        if not name:
+            return _json({"object": "list", "data": [_described(one) for one in shown.values()]})
+        if name not in shown:
+            raise ModelNotFound(f"The model `{name[:100]}` does not exist here.", param="model")
+        return _json(_described(shown[name]))
 
     async def _key(self, request: web.BaseRequest) -> KeyRecord:
         """The caller's key record. Raises InvalidKey or Unavailable."""
@@ -185,10 +191,10 @@ def _json(body: object) -> web.Response:
     return web.Response(body=_encode(body), content_type="application/json")
 
 
-def _failed(failure: Failure) -> web.Response:
+def _failed(failure: Failure, request_id: str) -> web.Response:
     return web.Response(
         status=failure.status,
-        body=failure.body(),
+        body=failure.body(request_id),
         content_type="application/json",
         headers=dict(failure.headers()),
     )

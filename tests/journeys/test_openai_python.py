@@ -224,6 +224,7 @@ def test_models_are_listed(funded: Account) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-99")
     assert caught.value.code == "model_not_found"
+    assert caught.value.request_id
 
 
 # Limits

@@ -1,6 +1,7 @@
 """The broad lane: the model list, the account API behind, and the hand-over of a connection."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -87,10 +88,28 @@ async def test_one_model_is_shown(scene: Scene, key: Key) -> None:
     assert answer.refused == (404, "model_not_found")
 
 
+async def test_answers_carry_a_request_id_and_no_name_of_the_software(
+    scene: Scene, key: Key
+) -> None:
+    found = set()
+    for path in ("/v1/models", "/v1/models/nowhere", "/v1/nothing"):
+        answer = await scene.ask(key, method="GET", path=path)
+        found.add(answer.headers["x-request-id"])
+        assert answer.headers["server"] == "tollgate"
+        if answer.status == 404:
+            assert answer.json["error"]["request_id"] == answer.headers["x-request-id"]
+    assert len(found) == 3
+    assert all(re.fullmatch(r"req_[0-9A-Z]{26}", one) for one in found)
+
+
 async def test_a_key_sees_the_models_it_may_use(scene: Scene) -> None:
     key = scene.seeds.key(allowed_models=("other",))
     answer = await scene.ask(key, method="GET", path="/v1/models")
     assert [model["id"] for model in answer.json["data"]] == ["other"]
+    answer = await scene.ask(key, method="GET", path="/v1/models/other")
+    assert answer.status == 200
+    answer = await scene.ask(key, method="GET", path="/v1/models/small")
+    assert answer.refused == (404, "model_not_found")
 
 
 async def test_models_need_a_key_and_a_get(scene: Scene, key: Key) -> None:
