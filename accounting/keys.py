@@ -24,6 +24,7 @@ from accounting.contract import keyspace, scripts
 from accounting.contract.errors import InvalidKey, NotFound
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Secret
+from accounting.recall import recall
 from accounting.stores import guarded
 from accounting.workspaces import Workspace
 
@@ -228,7 +229,7 @@ async def _put(redis: Redis, key: Key, digest: str) -> None:
         await redis.set(keyspace.digest_key(digest), msgspec.msgpack.encode(_record(key)))
     else:
         await redis.delete(keyspace.digest_key(digest))
-    await redis.publish(keyspace.CHANGED_CHANNEL, key.id)
+    await recall(redis, key.workspace_id)
 
 
 def _rules(key: Key) -> keyspace.KeyRules:

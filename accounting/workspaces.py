@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from accounting.contract import keyspace, scripts
 from accounting.contract.errors import NotFound, Unavailable
 from accounting.contract.identifiers import new_id
+from accounting.recall import recall
 from accounting.stores import guarded
 
 _COLUMNS = "id, name, email, kind, tier, state, created_at"
@@ -138,6 +139,7 @@ async def publish(pool: asyncpg.Pool, redis: Redis, workspace_id: str) -> Worksp
         if not await redis.hexists(key, "w") and await connection.fetchval(_FUNDED, workspace_id):
             raise Unavailable(_LOST)
         await scripts.call(redis, "put_workspace", [key], [workspace.state])
+        await recall(redis, workspace_id)
     return workspace
 
 

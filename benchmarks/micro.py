@@ -41,7 +41,8 @@ from proxy.bill import Bill, Timing
 from proxy.http_head import Request, parse_head
 from proxy.journal import Journal
 from proxy.keys import Keys
-from proxy.leases import Ask, KeyLease, Leases
+from proxy.key_lease import Ask, KeyLease
+from proxy.leases import Leases
 from proxy.replay import encode_opening
 from proxy.request_reader import RequestReader
 from proxy.settlement import batch_command

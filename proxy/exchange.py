@@ -26,7 +26,7 @@ from proxy.admission import Hold
 from proxy.answer import Answer, Client, Request
 from proxy.bill import NOTHING, Bill, Timing
 from proxy.journal import JournalFull
-from proxy.leases import Ask, KeyLease, Stale
+from proxy.key_lease import Ask, KeyLease, Stale
 from proxy.patience import Patience
 from proxy.provider_errors import CLIENTS_FAULT
 from proxy.relay import Relay
@@ -110,7 +110,8 @@ class Exchange:
         ask = Ask(
             self._bill.credits_ucr, self._bill.tokens, int(allowed), record.version, self._admitted
         )
-        self._lease = services.leases.admit(record, ask)
+        self._lease = services.leases.of(record)
+        services.leases.admit(record, ask)
 
     # [5] Admission: every limit at once
 

@@ -1,17 +1,24 @@
-"""What this worker holds of the shared limits, per key: take, account for, give back.
+"""What this worker holds of the shared limits, per key: take, admit from it, give back.
 
 Owns one `KeyLease` per active key and the calls to `lease.lua`. Each call carries the
-worker's own total for the key, so a reply lost on the way heals itself at the next call.
+worker's own figures for the key, so a reply lost on the way heals itself at the next call.
 
-Theory of operation: at most one call per key is under way; requests arriving meanwhile wait
-and go together in the next one, each judged in order. So N concurrent requests of one key
-cost Redis about one call per round trip, and a lone request exactly one. Every lease is a
-lease of one request; a growing lease would add one more ask to the same call.
+Theory of operation: a cold key leases exactly what one request needs. A hot key leases ahead,
+some tens of milliseconds' worth of its recent rate, and is then admitted here by comparing
+integers. What is leased ahead is already taken from the shared limits, so they stay strict.
+The right to admit from it ends a second after the call that brought it was sent, by the
+monotonic clock, so a worker that was paused wakes up without it. What is not used is given
+back when the key has been quiet for a tenth of a second, and at once when it is recalled.
+
+At most one call per key is under way; requests arriving meanwhile wait and go together in the
+next one, each judged in order. A request refused while other workers hold unused what it
+needs is asked for again a few milliseconds later, after a recall.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -20,84 +27,35 @@ from accounting.contract.errors import Failure, InvalidKey, Unavailable
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.scripts import SCRIPTS
 from proxy.admission import Hold, rate_headers, refusal
+from proxy.key_lease import Ask, KeyLease, OnAdmission, Stale
 from proxy.redis_pipe import RedisPipe, pack
 
 _encode = msgspec.msgpack.Encoder().encode
 _LEASE = SCRIPTS["lease"].digest
 _RELEASE = SCRIPTS["release"].digest
-_IDLE_SECONDS = 30.0
+_RECLAIM = SCRIPTS["reclaim"].digest
+_FORGET_SECONDS = 30.0
+_AHEAD_SECONDS = 0.05  # how long what is leased ahead should last at the recent rate
+_AHEAD_REQUESTS = 512
+_RECALLED_SECONDS = 1.0  # nothing is leased ahead for so long after a recall
+_RECALL_PAUSES = (0.002, 0.005, 0.01, 0.02)
 _OK, _UNKNOWN = 0, 1
-_HEAD, _PER_ASK = 6, 5
-
-
-class Stale(Exception):
-    """The key record used is no longer current: read it again and ask again."""
-
-
-OnAdmission = Callable[[Hold | Failure | Stale], None]
-
-
-class Ask(NamedTuple):
-    credits_ucr: int
-    tokens: int
-    model_allowed: int
-    version: int
-    on_admission: OnAdmission
-
-
-class KeyLease:
-    """What this worker holds under one key (µcr, tokens, requests) and who waits for more."""
-
-    __slots__ = (
-        "calling", "credits", "field_words", "key_id", "last_used", "shard", "slots", "tokens",
-        "waiting", "workspace_id", "workspace_key",
-    )  # fmt: skip
-
-    def __init__(self, record: KeyRecord, boot: str) -> None:
-        self.key_id = record.key_id
-        self.workspace_id = record.workspace_id
-        self.workspace_key = keyspace.workspace_key(record.workspace_id)
-        self.shard = keyspace.shard_of(record.workspace_id)
-        self.field_words = (
-            self.workspace_key,
-            keyspace.leases_key(self.shard, boot),
-            boot,
-            record.key_id,
-            record.workspace_id,
-        )
-        self.credits = self.tokens = self.slots = 0
-        self.waiting: list[Ask] = []
-        self.calling = False
-        self.last_used = 0.0
-
-    def __repr__(self) -> str:
-        return f"KeyLease({self.key_id}, {self.credits} µcr, {self.slots} open)"
-
-    def take(self, credits_ucr: int, tokens: int) -> None:
-        """A hold was granted; or its settle was sent, and no one knows whether it arrived."""
-        self.credits += credits_ucr
-        self.tokens += tokens
-        self.slots += 1
-
-    def drop(self, credits_ucr: int, tokens: int) -> None:
-        """A hold's settle was written to Redis's connection, ahead of any later lease call.
-
-        Not before: the next call would correct Redis to what this lease says, giving the
-        hold back while its charge is still to come.
-        """
-        self.credits -= credits_ucr
-        self.tokens -= tokens
-        self.slots -= 1
+_HEAD, _PER_ASK, _TAIL = 6, 5, 5
 
 
 class Leases:
     """All leases of this worker."""
 
-    def __init__(self, pipe: RedisPipe, boot: str, now: Callable[[], float]) -> None:
+    def __init__(
+        self, pipe: RedisPipe, boot: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._pipe = pipe
         self._boot = boot
-        self._now = now
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._leases: dict[str, KeyLease] = {}
+        self._hot: set[KeyLease] = set()
+        self.may_lease_ahead = False  # only while recalls are heard
 
     def __repr__(self) -> str:
         return f"Leases({list(self._leases.values())!r})"
@@ -109,76 +67,198 @@ class Leases:
         return lease
 
     def admit(self, record: KeyRecord, ask: Ask) -> KeyLease:
-        """Ask for one request; `ask.on_admission` gets a Hold, a Failure or Stale."""
+        """Ask for one request; `ask.on_admission` gets a Hold, a Failure or Stale: before
+        this returns, where the worker holds enough."""
         lease = self.of(record)
+        lease.admitted += 1
+        if lease.free_requests and not lease.waiting:
+            now = self._clock()
+            hold = lease.take_unused(ask, now)
+            if hold is not None:
+                lease.quiet = False
+                if lease.free_requests < lease.low_water and not lease.calling:
+                    self._call(lease)
+                ask.on_admission(hold)
+                return lease
         lease.waiting.append(ask)
         if not lease.calling:
             self._call(lease)
         return lease
 
-    def _call(self, lease: KeyLease) -> None:
+    def _call(self, lease: KeyLease, giving_back: bool = False) -> None:
+        """Tell Redis what is held, ask for what waits, and lease ahead for a hot key."""
+        now = self._clock()
         asks, lease.waiting = lease.waiting, []
-        lease.calling = True
-        lease.last_used = self._now()
-        message = _encode(
+        if asks or now >= lease.right_until or now < lease.recalled_until:
+            lease.give_up_unused()
+        if asks:
+            lease.each = asks[-1].credits_ucr, asks[-1].tokens
+            lease.version = min([ask.version for ask in asks])
+        message = (
+            lease.version,
             (
-                min([ask.version for ask in asks]),
-                (lease.credits, lease.tokens, lease.slots),
-                [(ask.credits_ucr, ask.tokens, ask.model_allowed) for ask in asks],
-            )
+                lease.credits,
+                lease.tokens,
+                lease.slots,
+                lease.free_requests,
+                lease.free_credits,
+                lease.free_tokens,
+                lease.used,
+            ),
+            [(ask.credits_ucr, ask.tokens, ask.model_allowed) for ask in asks],
+            (0 if giving_back else self._ahead(lease, now), *lease.each),
         )
-        command = pack(("EVALSHA", _LEASE, 2, *lease.field_words, message))
-        self._pipe.send(command, lambda reply: self._answered(lease, asks, reply))
+        used, lease.used = lease.used, 0
+        lease.calling = True
+        lease.owes = False
+        lease.last_used = now
+        command = pack(("EVALSHA", _LEASE, 2, *lease.field_words, _encode(message)))
+        self._pipe.send(command, lambda reply: self._answered(lease, asks, used, now, reply))
 
-    def _answered(self, lease: KeyLease, asks: list[Ask], reply: Any) -> None:
+    def _ahead(self, lease: KeyLease, now: float) -> int:
+        """How many requests to lease ahead: what the recent rate uses in a short while."""
+        elapsed = now - lease.last_used
+        admitted, lease.admitted = lease.admitted, 0
+        if not self.may_lease_ahead or now < lease.recalled_until or elapsed <= 0:
+            return 0
+        wanted = int(admitted * _AHEAD_SECONDS / max(elapsed, 0.001))
+        return max(0, min(wanted, _AHEAD_REQUESTS) - lease.free_requests)
+
+    def _answered(
+        self, lease: KeyLease, asks: list[Ask], used: int, sent_at: float, reply: Any
+    ) -> None:
         lease.calling = False
-        outcome: Failure | Stale | None = None
-        if not isinstance(reply, list):
-            outcome = Unavailable()
-        elif reply[0] == _UNKNOWN:
-            self._ask_epoch(asks)
-            asks = []
-        elif reply[0] != _OK:
-            outcome = Stale()
-        if outcome is not None:
-            for ask in asks:
-                _tell(ask.on_admission, outcome)
-        elif asks:
+        if isinstance(reply, list) and reply[0] == _OK:
+            self._note(lease, reply, sent_at)
             self._grant(lease, asks, reply)
-        if lease.waiting and not lease.calling:
+        else:
+            lease.give_up_unused()
+            lease.right_until = 0.0
+            if isinstance(reply, list) and reply[0] == _UNKNOWN:
+                self._ask_epoch(asks)
+            elif isinstance(reply, list):
+                self._tell_all(asks, Stale())
+            else:
+                lease.used += used
+                self._tell_all(asks, Unavailable())
+        if lease.calling:
+            return
+        if lease.waiting:
             self._call(lease)
+        elif lease.owes:
+            self._call(lease, giving_back=True)
+
+    def _note(self, lease: KeyLease, reply: list[int], sent_at: float) -> None:
+        """What the call brought beside its verdicts."""
+        _, now_us, _, _, lease.requests_per_minute, lease.tokens_per_minute = reply[:_HEAD]
+        ahead, right_us, _, lease.requests_tat, lease.tokens_tat = reply[-_TAIL:]
+        lease.clock_offset_us = now_us - int(self._clock() * 1e6)
+        if ahead:
+            credits_each, tokens_each = lease.each
+            lease.free_requests += ahead
+            lease.free_credits += ahead * credits_each
+            lease.free_tokens += ahead * tokens_each
+            lease.credits += ahead * credits_each
+            lease.tokens += ahead * tokens_each
+            lease.slots += ahead
+            lease.low_water = lease.free_requests // 4
+            lease.right_until = sent_at + right_us / 1e6
+            lease.quiet = False
+            self._hot.add(lease)
+        if sent_at < lease.recalled_until:
+            self._give_back(lease)
 
     def _grant(self, lease: KeyLease, asks: list[Ask], reply: list[int]) -> None:
-        _, now, _, _, rpm, tpm = reply[:_HEAD]
-        granted: list[tuple[OnAdmission, Hold | Failure]] = []
+        now, rpm, tpm = reply[1], reply[4], reply[5]
+        elsewhere = reply[-3]
+        told: list[tuple[OnAdmission, Hold | Failure]] = []
+        again: list[Ask] = []
         at = _HEAD
         for ask in asks:
             verdict, detail_1, detail_2, requests_tat, tokens_tat = reply[at : at + _PER_ASK]
             at += _PER_ASK
             if verdict:
+                if elsewhere and verdict >= 4 and ask.tries < len(_RECALL_PAUSES):
+                    again.append(ask)
+                    continue
                 failure = refusal(verdict, detail_1, detail_2, ask.credits_ucr)
-                granted.append((ask.on_admission, failure))
+                told.append((ask.on_admission, failure))
                 continue
             lease.take(ask.credits_ucr, ask.tokens)
             lines = rate_headers(now, rpm, tpm, requests_tat, tokens_tat)
-            granted.append((ask.on_admission, Hold(ask.credits_ucr, ask.tokens, now, lines)))
-        for on_admission, outcome in granted:
+            told.append((ask.on_admission, Hold(ask.credits_ucr, ask.tokens, now, lines)))
+        if again:
+            self._recall(lease, again)
+        for on_admission, outcome in told:
             _tell(on_admission, outcome)
+
+    def _tell_all(self, asks: list[Ask], outcome: Failure | Stale) -> None:
+        for ask in asks:
+            _tell(ask.on_admission, outcome)
 
     def _ask_epoch(self, asks: list[Ask]) -> None:
         """Workspace or key not in Redis: a lost Redis (503), or truly gone (401)."""
 
         def answered(filled: object) -> None:
-            for ask in asks:
-                _tell(ask.on_admission, InvalidKey() if filled == 1 else Unavailable())
+            self._tell_all(asks, InvalidKey() if filled == 1 else Unavailable())
 
         self._pipe.send(pack(("EXISTS", keyspace.EPOCH)), answered)
 
+    # Recall
+
+    def _recall(self, lease: KeyLease, asks: list[Ask]) -> None:
+        """Others hold unused what these need: call it back, and ask again shortly."""
+        workspace_key = lease.field_words[0]
+        self._pipe.send(pack(("EVALSHA", _RECLAIM, 1, workspace_key)), _ignore_reply)
+        self._pipe.send(
+            pack(("PUBLISH", keyspace.RECALL_CHANNEL, lease.workspace_id)), _ignore_reply
+        )
+        lease.recalled_until = self._clock() + _RECALLED_SECONDS
+        retries = [ask._replace(tries=ask.tries + 1) for ask in asks]
+        pause = _RECALL_PAUSES[max(ask.tries for ask in asks)]
+        self._loop.call_later(pause, self._ask_again, lease, retries)
+
+    def _ask_again(self, lease: KeyLease, asks: list[Ask]) -> None:
+        lease.waiting[:0] = asks
+        if not lease.calling:
+            self._call(lease)
+
+    def recalled(self, workspace_id: str) -> None:
+        """Give back, at once, what is leased ahead under any key of this workspace."""
+        until = self._clock() + _RECALLED_SECONDS
+        for lease in self._leases.values():
+            if lease.workspace_id == workspace_id:
+                lease.recalled_until = until
+                self._give_back(lease)
+
+    def give_back_all(self) -> None:
+        """Recalls are no longer heard: hold nothing that one could ask for."""
+        for lease in list(self._hot):
+            self._give_back(lease)
+
+    def _give_back(self, lease: KeyLease) -> None:
+        self._hot.discard(lease)
+        if not lease.give_up_unused():
+            return
+        if lease.calling:
+            lease.owes = True
+        else:
+            self._call(lease, giving_back=True)
+
     # Giving back
 
+    def release_unused(self) -> None:
+        """About ten times a second: give back what nobody has asked for since the last time."""
+        now = self._clock()
+        for lease in list(self._hot):
+            if lease.quiet or now >= lease.right_until:
+                self._give_back(lease)
+            else:
+                lease.quiet = True
+
     def release_idle(self) -> None:
-        """Give back and forget the leases of keys that have been quiet for a while."""
-        before = self._now() - _IDLE_SECONDS
+        """Forget the leases of keys that have been quiet for long."""
+        before = self._clock() - _FORGET_SECONDS
         for lease in list(self._leases.values()):
             if lease.last_used < before and not (lease.slots or lease.waiting or lease.calling):
                 self._release(lease)
@@ -186,11 +266,13 @@ class Leases:
     def release_all(self) -> None:
         """At the end of a worker: nothing is in flight any more."""
         for lease in list(self._leases.values()):
-            if not (lease.slots or lease.calling):
+            lease.give_up_unused()
+            if not lease.slots:
                 self._release(lease)
 
     def _release(self, lease: KeyLease) -> None:
         del self._leases[lease.key_id]
+        self._hot.discard(lease)
         command = pack(("EVALSHA", _RELEASE, 2, *lease.field_words))
         self._pipe.send(command, lambda reply: self._released(lease, reply))
 
@@ -198,6 +280,10 @@ class Leases:
         """A release that failed is tried again, unless the key is in use once more."""
         if isinstance(reply, Exception):
             self._leases.setdefault(lease.key_id, lease)
+
+
+def _ignore_reply(reply: object) -> None:
+    """Nothing depends on it: a recall that was lost is made good by its retry."""
 
 
 def _tell(on_admission: OnAdmission, outcome: Hold | Failure | Stale) -> None:

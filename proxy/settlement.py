@@ -19,7 +19,7 @@ from accounting.contract import keyspace
 from accounting.contract.scripts import SCRIPTS
 from accounting.contract.usage_event import join_events
 from proxy.journal import Journal
-from proxy.leases import KeyLease
+from proxy.key_lease import KeyLease
 from proxy.redis_pipe import RedisPipe, pack
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -20,6 +20,7 @@ from accounting.contract import catalogue, keyspace
 from accounting.contract.errors import Unavailable
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Settings, load
+from proxy import recalls
 from proxy.aiohttp_lane import AiohttpLane
 from proxy.cooldown import CooldownRules
 from proxy.front_door import FrontDoor
@@ -37,6 +38,7 @@ from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
 _DRAIN_LOOK_SECONDS = 0.02
+_UNUSED_SECONDS = 0.1
 _GATE_OPEN_SECONDS = 1.0
 _GATE_CLOSED_SECONDS = 0.05
 _SETTLE_WAIT_SECONDS = 10.0
@@ -99,7 +101,7 @@ class Worker:
             now=now,
             request_ids=RequestIds(),
             keys=keys,
-            leases=Leases(pipe, self._boot, now),
+            leases=Leases(pipe, self._boot),
             routing=routing,
             upstreams=upstreams,
             journal=journal,
@@ -129,6 +131,15 @@ class Worker:
         self._tasks = [
             self._loop.create_task(self._sweep()),
             self._loop.create_task(self._watch_gate()),
+            self._loop.create_task(self._give_back_unused()),
+            self._loop.create_task(
+                recalls.listen(
+                    self._settings.redis_url.reveal(),
+                    self._settings.redis_timeout_seconds,
+                    services.leases.recalled,
+                    self._recalls_heard,
+                )
+            ),
             self._loop.create_task(self._beat()),
             self._loop.create_task(self._replay_orphans()),
         ]
@@ -143,6 +154,8 @@ class Worker:
         """Accept no more, let answers finish, cut the rest, settle, give back, leave."""
         services, settings = self.services, self._settings
         services.draining = True
+        services.leases.may_lease_ahead = False
+        services.leases.give_back_all()
         self._counters.set("tollgate_workers_ready", 0)
         assert self._server is not None
         self._server.close()
@@ -203,6 +216,18 @@ class Worker:
             counters.set("tollgate_targets_cooling", services.routing.cooling)
             counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
             counters.set("tollgate_journal_slots_used", services.journal.used)
+
+    async def _give_back_unused(self) -> None:
+        while True:
+            await asyncio.sleep(_UNUSED_SECONDS)
+            self.services.leases.release_unused()
+
+    def _recalls_heard(self, heard: bool) -> None:
+        """Without recalls nothing may be leased ahead."""
+        leases = self.services.leases
+        leases.may_lease_ahead = heard and not self.services.draining
+        if not heard:
+            leases.give_back_all()
 
     async def _watch_gate(self) -> None:
         """Admit only while Redis has its epoch: without it, it is being filled anew."""

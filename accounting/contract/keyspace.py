@@ -13,7 +13,7 @@ arrays, read by Lua's cmsgpack and by msgspec alike.
 | `key:<sha256>` | string | until revoked | KeyRecord |
 | `epoch` | string | for good | set when Redis has been filled from Postgres; absent: gate closed |
 | `worker:<boot>` | string | heartbeat, expires | a worker lives |
-| `changed` | pub/sub channel | – | a key id whose record changed: workers forget it |
+| `recall` | pub/sub channel | – | a workspace id: workers give back what they leased ahead |
 
 Fields of a workspace: `w` Wallet, `k:<key>` KeyRules, `c:<key>` KeyCounters,
 `l:<boot>:<key>` LeaseRecord.
@@ -28,7 +28,7 @@ from msgspec import Struct
 from accounting.contract.settings import SHARDS
 
 EPOCH = "epoch"
-CHANGED_CHANNEL = "changed"
+RECALL_CHANNEL = "recall"
 KEY_PREFIX = "inf_"
 STREAM_FIELD_BOOT, STREAM_FIELD_SEQUENCE, STREAM_FIELD_EVENTS = "b", "n", "e"
 STREAM_GROUP = "accounting"
@@ -39,12 +39,14 @@ INFERENCE, ACCOUNT = "inference", "account"  # a key's scopes: to call models, t
 
 
 class Wallet(Struct, array_like=True):
-    """Field `w`: settled balance and credits held (µcr), state, last ledger delta applied."""
+    """Field `w`: settled balance and credits held (µcr), state, last ledger delta applied;
+    of what is held, `unused`: leased ahead by workers."""
 
     balance: int
     held: int
     state: int
     last_delta: int
+    unused: int = 0
 
 
 class KeyRules(Struct, array_like=True):
@@ -76,14 +78,20 @@ class KeyCounters(Struct, array_like=True):
     held_ucr: int = 0
     held_tokens: int = 0
     spent_ucr: int = 0
+    held_requests: int = 0
 
 
 class LeaseRecord(Struct, array_like=True):
-    """Field `l:<boot>:<key>`: what one worker boot has taken and not yet settled."""
+    """Field `l:<boot>:<key>`: what one worker boot has taken and not yet settled; of that,
+    the unused part it leased ahead, which is anyone's after the deadline."""
 
     credits_ucr: int = 0
     tokens: int = 0
     slots: int = 0
+    unused_requests: int = 0
+    unused_ucr: int = 0
+    unused_tokens: int = 0
+    deadline_us: int = 0
 
 
 class KeyRecord(Struct, array_like=True, frozen=True):

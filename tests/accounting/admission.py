@@ -25,6 +25,20 @@ async def verdict(redis: Redis, workspace_id: str, key_id: str, version: int = 1
     return {1: "unknown", 2: "stale"}[reply[0]] if reply[0] else int(reply[6])
 
 
+async def lease_ahead(
+    redis: Redis, workspace_id: str, key_id: str, mine: list[int], requests: int
+) -> int:
+    """What a worker that holds `mine` is given ahead, of requests that hold one µcr each."""
+    message = msgspec.msgpack.encode([1, mine, [], [requests, 1, 1]])
+    keys = [
+        keyspace.workspace_key(workspace_id),
+        keyspace.leases_key(keyspace.shard_of(workspace_id), "boot_ahead"),
+    ]
+    words = ["boot_ahead", key_id, workspace_id, message]
+    reply = await scripts.call(redis, "lease", keys, words)
+    return 0 if reply[0] else int(reply[-5])
+
+
 async def funded(pool: asyncpg.Pool, redis: Redis) -> tuple[str, str]:
     """A workspace with credits, and a key of it."""
     workspace = await workspaces.create(pool, redis, "Acme")

@@ -15,7 +15,7 @@ from accounting.contract import keyspace
 from accounting.contract.errors import InvalidKey, NotFound
 from accounting.contract.identifiers import new_id
 from accounting.keys import Limits
-from tests.accounting.admission import ADMITTED, REVOKED, funded, verdict
+from tests.accounting.admission import ADMITTED, REVOKED, funded, lease_ahead, verdict
 from tests.accounting.scene import pool_on
 
 FULL = Limits(
@@ -128,14 +128,29 @@ async def test_a_revocation_bites_on_the_next_request(pool: asyncpg.Pool, redis:
     assert await keys.get(pool, workspace_id, key.id) == revoked
 
 
-async def test_workers_are_told_of_a_change(pool: asyncpg.Pool, redis: Redis) -> None:
+async def test_a_revocation_waits_until_what_was_leased_ahead_is_back(
+    pool: asyncpg.Pool, redis: Redis
+) -> None:
     workspace_id, key_id = await funded(pool, redis)
+    assert await lease_ahead(redis, workspace_id, key_id, [0] * 7, 8) == 8
     async with redis.pubsub() as ears:
-        await ears.subscribe(keyspace.CHANGED_CHANNEL)
+        await ears.subscribe(keyspace.RECALL_CHANNEL)
         await ears.get_message(timeout=5)
-        await keys.revoke(pool, redis, workspace_id, key_id)
+        revocation = asyncio.create_task(keys.revoke(pool, redis, workspace_id, key_id))
         heard = await ears.get_message(timeout=5)
-    assert heard is not None and heard["data"] == key_id.encode()
+        assert heard is not None and heard["data"] == workspace_id.encode()
+        assert not revocation.done()
+        await lease_ahead(redis, workspace_id, key_id, [0] * 7, 0)
+        await asyncio.wait_for(revocation, 5)
+
+
+async def test_a_revocation_does_not_wait_for_a_worker_that_hears_nothing(
+    pool: asyncpg.Pool, redis: Redis
+) -> None:
+    workspace_id, key_id = await funded(pool, redis)
+    assert await lease_ahead(redis, workspace_id, key_id, [0] * 7, 8) == 8
+    await asyncio.wait_for(keys.revoke(pool, redis, workspace_id, key_id), 5)
+    assert (await workspaces.balance(redis, workspace_id)).held_ucr == 0
 
 
 async def test_a_revocation_is_completed_by_its_repetition(

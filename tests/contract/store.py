@@ -101,7 +101,7 @@ def read_lease(reply: list[int]) -> Leased:
     if reply[0]:
         assert len(reply) == 1
         return Leased(reply[0], 0, 0, 0, 0, 0, [])
-    figures = reply[6:]
+    figures = reply[6:-5]
     assert len(figures) % 5 == 0
     verdicts = [Verdict(*figures[n : n + 5]) for n in range(0, len(figures), 5)]
     return Leased(*reply[:6], verdicts)
@@ -139,7 +139,7 @@ class Store:
         self.client = client
         self.sources = {name: script.source for name, script in SCRIPTS.items()}
         if with_clock:
-            for name in ("lease", "settle"):
+            for name in ("lease", "settle", "reclaim"):
                 assert self.sources[name].count(_TIME) == 1
                 self.sources[name] = self.sources[name].replace(_TIME, _CLOCK)
             assert not any(_TIME in source for source in self.sources.values())

@@ -88,7 +88,7 @@ def test_a_secret_is_stored_as_its_digest_only() -> None:
 
 def test_names_do_not_collide() -> None:
     names = [
-        keyspace.EPOCH, keyspace.CHANGED_CHANNEL, worker_key("b"), digest_key("b"),
+        keyspace.EPOCH, keyspace.RECALL_CHANNEL, worker_key("b"), digest_key("b"),
         workspace_key("b"), stream_key(0), boots_key(0), leases_key(0, "b"),
     ]  # fmt: skip
     assert len(set(names)) == len(names)

@@ -18,7 +18,8 @@ from accounting.contract.errors import (
 )
 from accounting.contract.keyspace import LIVE, REVOKED, SUSPENDED, KeyRules, LeaseRecord
 from proxy.admission import Hold
-from proxy.leases import Ask, KeyLease, Leases, Stale
+from proxy.key_lease import Ask, KeyLease, Stale
+from proxy.leases import Leases
 from proxy.redis_pipe import RedisPipe
 from tests.contract.store import Store
 from tests.proxy.redis_scene import Between, empty_store, open_pipe, record

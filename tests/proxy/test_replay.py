@@ -11,7 +11,8 @@ from accounting.contract.pricing import Price, Rates
 from accounting.contract.usage_event import TokenUsage, UsageEvent, decode_event, split_events
 from proxy.admission import Hold
 from proxy.journal import Journal, OrphanJournal, find_orphans
-from proxy.leases import Ask, Leases
+from proxy.key_lease import Ask
+from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, RedisPipe
 from proxy.replay import Opening, encode_opening, replay, retire, settle_of_open
 from proxy.settlement import batch_command, encode_settle

@@ -20,7 +20,8 @@ from accounting.contract.usage_event import (
 )
 from proxy.admission import Hold
 from proxy.journal import Journal
-from proxy.leases import Ask, KeyLease, Leases
+from proxy.key_lease import Ask, KeyLease
+from proxy.leases import Leases
 from proxy.redis_pipe import RedisPipe
 from proxy.settlement import Settle, Settlement, encode_settle, settle_decoder
 from tests.contract.store import Store, same_shard

@@ -14,11 +14,12 @@ redis.call('SREM', KEYS[2], ARGV[3] .. '|' .. key_id)
 if not found[1] or not found[3] then return {0, 0, 0} end
 local w, l = cmsgpack.unpack(found[1]), cmsgpack.unpack(found[3])
 redis.call('HDEL', KEYS[1], lease_field)
-w[2] = w[2] - l[1]
+w[2], w[5] = w[2] - l[1], (w[5] or 0) - (l[5] or 0)
 redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w))
 if found[2] then
   local c = cmsgpack.unpack(found[2])
   c[6], c[7], c[8] = c[6] - l[3], c[7] - l[1], c[8] - l[2]
+  c[10] = (c[10] or 0) - (l[4] or 0)
   redis.call('HSET', KEYS[1], 'c:' .. key_id, cmsgpack.pack(c))
 end
-return l
+return {l[1], l[2], l[3]}
