@@ -21,7 +21,7 @@ from redis import Redis
 
 from accounting.contract import keyspace
 from accounting.contract.identifiers import new_id
-from accounting.contract.keyspace import KeyCounters, KeyRecord, KeyRules, LeaseRecord
+from accounting.contract.keyspace import KeyCounters, KeyRecord, KeyRules
 from accounting.contract.money import parse_credits
 from accounting.contract.settings import Address, Secret, Settings
 from accounting.contract.usage_event import UsageEvent, decode_event, split_events
@@ -159,7 +159,8 @@ class Oracle:
         assert snapshot.wallet is not None
         assert snapshot.wallet.held == 0, snapshot
         assert snapshot.wallet.balance == key.balance_ucr - charged, (snapshot, events)
-        assert all(lease == LeaseRecord() for lease in snapshot.leases.values()), snapshot
+        for lease in snapshot.leases.values():
+            assert (lease.credits_ucr, lease.tokens, lease.slots) == (0, 0, 0), snapshot
         counters = snapshot.counters.get(key.key_id, KeyCounters())
         assert (counters.open, counters.held_ucr, counters.held_tokens) == (0, 0, 0), counters
         assert counters.spent_ucr == charged, counters
@@ -271,6 +272,13 @@ class Scene:
         """Wait until every exchange has ended and Redis has acknowledged every settle."""
         await eventually(lambda: not any(map(_busy, self.proxies)), timeout_seconds)
 
+    async def given_back(self) -> None:
+        """The same, and nothing is held in Redis any more: neither for a request nor ahead."""
+        await self.quiet()
+        wallet = self.seeds.store.wallet
+        keys = self.seeds.keys
+        await eventually(lambda: not any(wallet(key.workspace_id).held for key in keys), 2.0)
+
     async def events(self, key: Key) -> list[UsageEvent]:
         """The key's usage events, once all are in the stream."""
         await self.quiet()
@@ -279,10 +287,10 @@ class Scene:
     @asynccontextmanager
     async def no_trace(self) -> AsyncIterator[None]:
         """What happens within changes not one byte of Redis."""
-        await self.quiet()
+        await self.given_back()
         before = self.seeds.bytes()
         yield
-        await self.quiet()
+        await self.given_back()
         assert self.seeds.bytes() == before
 
     @asynccontextmanager
@@ -295,7 +303,7 @@ class Scene:
     async def close(self) -> None:
         for client in self._clients:
             client.leave()
-        await self.quiet()
+        await self.given_back()
 
 
 def _busy(proxy: Proxy) -> bool:
@@ -313,6 +321,7 @@ async def start(
     """`await start(**settings)`: the scene of a test, closed and audited at its end."""
     monkeypatch.setenv("TEST_PROVIDER_KEY", PROVIDER_KEY)
     monkeypatch.setattr(worker, "_SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "_UNUSED_SECONDS", 0.02, raising=False)
     thresholds = gc.get_threshold()
     with Redis.from_url(redis_url) as client:
         client.flushall()

@@ -47,7 +47,7 @@ async def storm(scene: Scene, key: Key, number: int) -> list[Answer]:
 
     visits = [visit(scene.proxies[n % len(scene.proxies)], number // 20) for n in range(20)]
     found = await asyncio.gather(*visits)
-    await scene.quiet()
+    await scene.given_back()
     return [answer for answers in found for answer in answers]
 
 
@@ -206,7 +206,7 @@ async def test_refusals_by_precedence(
     """All limits are used up at once; the first in order is told."""
     key = scene.seeds.key(balance_ucr=COST)
     assert (await scene.ask(key, BODY)).status == 200
-    await scene.quiet()
+    await scene.given_back()
     full = scene.seeds.counters(key)
     full.requests_tat = full.tokens_tat = scene.seeds.store.now() + 60_000_000
     scene.seeds.store.write_counters(key.workspace_id, full, key.key_id)
