@@ -9,7 +9,7 @@ the rest of the story:
 [4] `routing`, `cooldown`   the model's targets, in order, less those that keep failing
 [5] `leases`, `admission`   every limit at once: a hold, or a typed refusal
 [6] `upstream`, `upstream_connection`, `upstream_tls`  a pooled connection to the provider
-[7] `usage_scanner`, `sse`  bytes pass; usage is read and taken out as they do
+[7] `relay`, `usage_scanner`, `sse`  bytes pass; usage is read and taken out as they do
 [8] `settlement`, `journal` the hold becomes a charge, exactly once, whatever happened
 [9] `replies`        heads, final chunks and errors as the client's dialect expects them
 

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 from accounting.contract.errors import (
     Failure,
-    ProviderBrokeOff,
-    ProviderFailed,
-    ProviderGarbled,
     ProviderTimeout,
     ScopeMissing,
     Unavailable,
@@ -28,14 +25,13 @@ from proxy.bill import NOTHING, Bill, Timing
 from proxy.journal import JournalFull
 from proxy.key_lease import Ask, KeyLease, Stale
 from proxy.patience import Patience
-from proxy.provider_errors import CLIENTS_FAULT
 from proxy.relay import Relay
 from proxy.replay import encode_opening
 from proxy.request_head import ChatHead
 from proxy.routing import Route
 from proxy.settlement import encode_settle
 from proxy.upstream_connection import UpstreamConnection
-from proxy.usage_scanner import StreamScanner, read_answer
+from proxy.usage_scanner import StreamScanner
 
 if TYPE_CHECKING:
     from proxy.services import Services
@@ -132,7 +128,7 @@ class Exchange:
             self._slot, encode_opening(self._bill.opening(outcome, services.now()))
         )
         if self._ended:  # the client left while the decision was on its way
-            self._relay = Relay(self._route.stop.target)
+            self._relay = self._new_relay()
             self._settle(NOTHING, "void", "client_left")
         else:
             self._send_upstream()
@@ -158,28 +154,29 @@ class Exchange:
         now = self._services.now()
         if not self._route.advance(now):
             return False
-        self._relay = Relay(self._route.stop.target)
         self._patience.quiet_since = now
-        self._route.connect(self)
+        self._relay = self._new_relay()
+        self._relay.connect()
         return True
 
-    def upstream_ready(self, connection: UpstreamConnection) -> None:
-        route = self._route
-        route.connected(connection)
+    def _new_relay(self) -> Relay:
+        settings = self._services.settings
+        return Relay(self, self._route.stop, self._head, settings, self._patience)
+
+    def relay_ready(self, connection: UpstreamConnection) -> None:
         self._timing.upstream_at = self._patience.quiet_since = self._services.now()
-        body = request_head.body_for(self._request.body, self._head, route.stop.target.model)
-        head = route.stop.request_head(_UPSTREAM_PATH, self._request_id, len(body))
-        connection.send(head, body)
+        stop = self._route.stop
+        body = request_head.body_for(self._request.body, self._head, stop.target.model)
+        connection.send(stop.request_head(_UPSTREAM_PATH, self._request_id, len(body)), body)
 
-    def upstream_refused(self, failure: Failure) -> None:
-        self._route.refused()
-        self._target_failed(failure)
-
-    def _target_failed(self, failure: Failure) -> None:
-        """Nothing has gone to the client: try the next target, or void and say why."""
-        self._route.drop(self)
+    def relay_failed(self, failure: Failure) -> None:
+        """Within a stream that has begun it ends there; before, the next target may serve."""
+        self._relay.drop()
         self._route.failed(failure, self._services.now())
         self._services.counters.upstream_failed(failure)
+        if self._answer.started:
+            self._break_off(failure)
+            return
         may_help = failure.status >= 500 or failure.status == 429
         if may_help and self._send_upstream():
             return
@@ -189,100 +186,33 @@ class Exchange:
 
     # [7] Relay: the answer comes in, shown to the scanner, and goes out
 
-    def upstream_head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        self._timing.first_byte_at = self._services.now()
-        try:
-            self._relay.start(status, headers, self._head, self._services.settings)
-        except Failure as failure:
-            self._target_failed(failure)
-            return
-        if status != 200:
-            self._answer_not_wanted()
-            return
+    def relay_begins(self) -> None:
+        """The target answers as it was asked to."""
         route, hold = self._route, self._hold
         assert hold is not None
+        self._timing.first_byte_at = self._services.now()
         route.recovered(self._timing.first_byte_at)
         self._answer.served = route.stop.target.model.encode()
         if route.stop.depth:
             first = route.model.targets[0].model.encode()
             self._answer.extra = b"%bx-fallback-from: %b\r\n" % (hold.rate_headers, first)
 
-    def _answer_not_wanted(self) -> None:
-        """A status says enough, unless the client is to hear the provider's own words."""
-        if self._relay.status in CLIENTS_FAULT:
-            return
-        self._route.release()
-        self._target_failed(self._relay.failure())
-
-    def upstream_body(self, data: bytes) -> None:
-        self._patience.heard = True
-        relay, scanner = self._relay, self._relay.scanner
-        try:
-            if scanner is not None:
-                self._pass_on(relay.pass_on(scanner, data), scanner)
-            else:
-                relay.gather(data)
-        except Failure as failure:
-            self._broken(failure)
-
-    def _pass_on(self, block: bytes, scanner: StreamScanner) -> None:
-        if block:
-            self._services.journal.progress(
-                self._slot, scanner.counted_bytes, scanner.events, scanner.envelope
-            )
-            self._answer.stream(block)
-        if scanner.failed is not None:
-            self._broken(self._relay.in_band_failure(scanner.failed))
-        elif scanner.done:
-            self._finish_stream(scanner)
-
-    def upstream_end(self) -> None:
-        """The provider's answer has ended cleanly, or by closing as announced."""
-        self._route.ended()
-        if self._relay.status != 200:
-            self._target_failed(self._relay.failure())
-        elif self._relay.scanner is None:
-            self._finish_plain(self._relay.body)
-        else:
-            self._finish_unasked(self._relay.scanner)
-
-    def _finish_unasked(self, scanner: StreamScanner) -> None:
-        """The stream ended without `[DONE]`: fine after its last chunk, an error before."""
-        self._pass_on(scanner.finish(), scanner)
-        if self._ended:
-            return
-        if scanner.finished:
-            self._finish_stream(scanner)
-        else:
-            self._broken(ProviderFailed("The provider ended its answer early."))
-
-    def upstream_lost(self, garbled: bool) -> None:
-        """The connection broke, or what came was not HTTP."""
-        if self._route.may_retry():
-            self._route.connect(self, fresh=True)
-            return
-        scanner = self._relay.scanner
-        if scanner is not None and scanner.finished:
-            self._finish_stream(scanner)
-        elif self._relay.status not in (0, 200):
-            self._target_failed(self._relay.failure())
-        else:
-            self._broken(ProviderGarbled() if garbled else ProviderBrokeOff())
+    def relay_block(self, block: bytes, scanner: StreamScanner) -> None:
+        self._services.journal.progress(
+            self._slot, scanner.counted_bytes, scanner.events, scanner.envelope
+        )
+        self._answer.stream(block)
 
     # [8] and [9] The end: what it cost, said and settled
 
-    def _finish_plain(self, body: bytes) -> None:
-        usage, is_json = read_answer(body)
-        if not is_json:
-            self._target_failed(ProviderGarbled())
-            return
+    def relay_whole(self, body: bytes, usage: TokenUsage | None) -> None:
         assert self._hold is not None
         tokens, settlement = self._bill.of_answer(body, usage)
         self._answer.plain(body, self._bill.charge(tokens, self._hold))
         self._settle(tokens, settlement, "completed")
         self._done()
 
-    def _finish_stream(self, scanner: StreamScanner) -> None:
+    def relay_done(self, scanner: StreamScanner) -> None:
         assert self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
         charge = self._bill.charge(tokens, self._hold)
@@ -293,21 +223,11 @@ class Exchange:
             tail = replies.final_chunk(scanner, tokens, charge)
         self._answer.end_stream(tail + replies.DONE)
         self._settle(tokens, settlement, "completed")
-        self._route.release()
+        self._relay.release()
         self._done()
-
-    def _broken(self, failure: Failure) -> None:
-        """The provider failed within its answer."""
-        if not self._answer.started:
-            self._target_failed(failure)
-            return
-        self._route.failed(failure, self._services.now())
-        self._services.counters.upstream_failed(failure)
-        self._break_off(failure)
 
     def _break_off(self, failure: Failure) -> None:
         """Within a stream that has begun: an in-band error, and a bill for what was relayed."""
-        self._route.drop(self)
         scanner = self._relay.scanner
         assert scanner is not None and self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
@@ -324,7 +244,7 @@ class Exchange:
         self._services.exchanges.discard(self)
         if self._hold is None:
             return  # still being admitted: `_admitted` settles what that brings
-        self._route.drop(self)
+        self._relay.drop()
         if self._answer.started and self._relay.scanner is not None:
             self._settle(*self._bill.of_stream(self._relay.scanner), "client_left")
         else:
@@ -334,11 +254,12 @@ class Exchange:
         """Our own decision to end this exchange: time is up, or the worker must stop."""
         if self._ended:
             return
+        if self._hold is not None:
+            self._relay.drop()
         if self._answer.started:
             self._break_off(failure)
             return
         if self._hold is not None:
-            self._route.drop(self)
             self._settle(NOTHING, "void", "cut", failure.status)
         self._answer.failure(failure)
         self._done()
@@ -372,13 +293,13 @@ class Exchange:
         """The client reads too slowly: so does the provider, from now on."""
         self._patience.paused = True
         if self._hold is not None:
-            self._route.pause()
+            self._relay.pause()
 
     def resume(self) -> None:
         self._patience.paused = False
         self._patience.heard = True
         if self._hold is not None:
-            self._route.resume()
+            self._relay.resume()
 
     def check_time(self, now: float) -> None:
         """Called about twice a second: end what has been silent or has lasted too long."""
@@ -388,4 +309,4 @@ class Exchange:
         if self._patience.exhausted(now, settings, provider):
             self.cut(ProviderTimeout("The answer took longer than is allowed in total."))
         elif self._patience.silent(now, settings, provider, self._relay.status != 0):
-            self._broken(Unavailable() if self._route.waiting else ProviderTimeout())
+            self.relay_failed(Unavailable() if self._relay.waiting else ProviderTimeout())

@@ -15,7 +15,6 @@ from accounting.contract.catalogue import Catalogue, Model, Target
 from accounting.contract.errors import Failure, ModelNotFound, ProviderRefused, Unavailable
 from proxy.cooldown import ANYWAY, PROBE, REFUSED, SERVING, Cooldown, CooldownRules
 from proxy.upstream import ProviderPool, Upstreams
-from proxy.upstream_connection import UpstreamConnection, UpstreamUser
 
 Changed = Callable[[str, float], None]  # target, seconds that it cools; 0 = it serves again
 
@@ -50,10 +49,7 @@ class Route:
     one of `succeeded`, `failed` and `forgone`; the last is harmless after another.
     """
 
-    __slots__ = (
-        "_ahead", "_at_worst", "_connection", "_footing", "_retried", "_stops", "_tried", "model",
-        "stop", "waiting",
-    )  # fmt: skip
+    __slots__ = ("_ahead", "_at_worst", "_footing", "_stops", "_tried", "model", "stop")
 
     def __init__(self, model: Model, stops: tuple[Stop, ...]) -> None:
         self.model = model
@@ -63,14 +59,9 @@ class Route:
         self._tried = False
         self._at_worst = REFUSED
         self._footing = SERVING
-        self._retried = False
-        self.waiting = False
-        self._connection: UpstreamConnection | None = None
 
     def __repr__(self) -> str:
-        return f"Route({self.stop.target}, depth={self.stop.depth}, waiting={self.waiting})"
-
-    # From target to target
+        return f"Route({self.stop.target}, depth={self.stop.depth})"
 
     def advance(self, now: float) -> bool:
         """Go to the next target that may be tried. False: there is none, `stop` stays."""
@@ -78,7 +69,6 @@ class Route:
             footing = stop.cooldown.admit(now) or self._at_worst
             if footing:
                 self._tried = True
-                self._retried = False
                 self._footing = footing
                 self.stop = stop
                 return True
@@ -117,57 +107,6 @@ class Route:
         if self._footing == PROBE:
             self._footing = SERVING
             self.stop.cooldown.forgone()
-
-    # To the present target
-
-    def connect(self, user: UpstreamUser, fresh: bool = False) -> None:
-        """`user` hears `upstream_ready` or `upstream_refused`, unless it drops before."""
-        self.waiting = True
-        self.stop.pool.acquire(user, fresh)
-
-    def connected(self, connection: UpstreamConnection) -> None:
-        self.waiting = False
-        self._connection = connection
-
-    def refused(self) -> None:
-        self.waiting = False
-
-    def may_retry(self) -> bool:
-        """The connection was lost. True, once: it was a pooled one that had been closed
-        unseen, so that nothing was answered."""
-        connection, self._connection = self._connection, None
-        unseen = connection is not None and connection.reused and not connection.heard
-        if not unseen or self._retried:
-            return False
-        self._retried = True
-        return True
-
-    def ended(self) -> None:
-        """The answer has ended in order: the connection is the pool's again."""
-        self._connection = None
-
-    def release(self) -> None:
-        """All that matters of the answer has come."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.release()
-
-    def drop(self, user: UpstreamUser) -> None:
-        """Cut the attempt off, wherever it is."""
-        if self.waiting:
-            self.waiting = False
-            self.stop.pool.forget(user)
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.abandon()
-
-    def pause(self) -> None:
-        if self._connection is not None:
-            self._connection.pause()
-
-    def resume(self) -> None:
-        if self._connection is not None:
-            self._connection.resume()
 
 
 def _recovery(stop: Stop) -> float:

@@ -423,7 +423,7 @@ async def test_once_answered_a_pooled_connection_is_not_tried_anew(proxy: Scene)
 
 
 def _heard(proxy: Scene) -> bool:
-    return all(exchange._route._connection.heard for exchange in proxy.services.exchanges)
+    return all(exchange._relay._connection.heard for exchange in proxy.services.exchanges)
 
 
 async def test_connections_to_a_provider_are_bounded(start: Start) -> None:
