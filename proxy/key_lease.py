@@ -93,8 +93,8 @@ class KeyLease:
 
     def give_up_unused(self) -> bool:
         """Let go of what was leased ahead; the next call tells Redis. True if there was any."""
-        if not self.free_requests:
-            return False
+        if not (self.free_requests or self.free_credits or self.free_tokens):
+            return False  # smaller requests than expected leave credits when none is left
         self.credits -= self.free_credits
         self.tokens -= self.free_tokens
         self.slots -= self.free_requests

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
+from accounting.contract.keyspace import KeyRecord
 from benchmarks.provider import script_from
+from proxy.key_lease import Ask, KeyLease
 from tests.proxy.ends import Answer, chat, request, standin
 from tests.proxy.harness import INPUT_UCR, OUTPUT_UCR, Key, Proxy, Scene, Start
 from tests.waiting import eventually
@@ -228,6 +230,18 @@ async def test_a_void_gives_its_share_of_every_limit_back(scene: Scene) -> None:
         assert (await scene.ask(key, BODY)).status == 502
         await scene.quiet()
     assert (await scene.ask(key, BODY)).status == 200
+
+
+def test_what_small_requests_leave_of_a_lease_is_given_back() -> None:
+    """Leased ahead at the size of a large request, used up by a small one."""
+    lease = KeyLease(KeyRecord(1, "key_1", "ws_1", "test", [], []), "boot_1")
+    lease.version, lease.right_until = 1, 1.0
+    lease.free_requests, lease.free_credits, lease.free_tokens = 1, 100, 50
+    lease.slots, lease.credits, lease.tokens = 1, 100, 50
+    assert lease.take_unused(Ask(60, 30, 1, 1, lambda outcome: None), 0.5) is not None
+    assert lease.give_up_unused()
+    assert (lease.slots, lease.credits, lease.tokens) == (1, 60, 30)
+    assert not lease.give_up_unused()
 
 
 async def test_one_of_many_reasons_to_wait_passes(scene: Scene) -> None:

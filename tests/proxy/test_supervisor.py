@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -39,11 +40,20 @@ ROOT = Path(__file__).resolve().parents[2]
 END_SECONDS = 30.0
 
 
+def quiet_port() -> int:
+    """A free port below those that connections take for themselves meanwhile."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 class Host:
     """One `python -m proxy` on free ports, and all it has said on stderr."""
 
     def __init__(self, folder: Path, redis_url: str) -> None:
-        self.port, self.private_port = free_port(), free_port()
+        self.port, self.private_port = quiet_port(), quiet_port()
         self.folder = folder
         self.catalogue = folder / "catalogue.toml"
         self.said = ""
@@ -100,6 +110,7 @@ class Host:
 
     async def _is_ready(self) -> bool:
         if self.process.returncode is not None:
+            await self.ended()
             raise AssertionError(self.said)
         try:
             return (await self.get("/readyz")).status == 200
