@@ -15,7 +15,7 @@ from accounting.contract.settings import Secret, Settings
 from proxy.upstream import ProviderPool, Upstreams
 from proxy.upstream_connection import UpstreamConnection
 from tests.proxy.ends import http
-from tests.waiting import eventually, free_port
+from tests.waiting import eventually
 
 
 def provider(host: str = "127.0.0.1", port: int = 1, **fields: Any) -> Provider:
@@ -298,10 +298,16 @@ class Host:
         self.writers: list[asyncio.StreamWriter] = []
 
     async def open(self) -> None:
-        self.port = free_port()
+        first = socket.create_server(("127.0.0.1", 0))
+        self.port = first.getsockname()[1]
+        try:
+            second = socket.create_server(("127.0.0.2", self.port))
+        except OSError:  # somebody has that port there: take another
+            first.close()
+            await self.open()
+            return
         self._servers = [
-            await asyncio.start_server(self._visit, address, self.port)
-            for address in ("127.0.0.1", "127.0.0.2")
+            await asyncio.start_server(self._visit, sock=one) for one in (first, second)
         ]
 
     def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
