@@ -28,7 +28,7 @@ lint: $(READY) ## Style and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 
-bench: $(READY) ## Measure (SCENARIO=rate, cadence, burst or all); nothing is asserted
+bench: $(READY) ## Measure Tollgate beside nginx (SCENARIO=rate, cadence, … or all: ten minutes)
 	@$(BIN)/python -m benchmarks $(SCENARIO)
 
 clean: ## Remove what was installed or built; the data in .tollgate stays

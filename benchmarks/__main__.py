@@ -22,12 +22,15 @@ from benchmarks.processes import Cores, ProcessFailure
 from benchmarks.report import Report
 
 RESULTS = Path(__file__).parent / "results"
-MICRO = "micro"
+MICRO, QUOTED = "micro", "quoted"
 
 
 def main() -> None:
     """Run; exit status 1 with one line if something does not start, stands still or drifts."""
     options = parsed_options()
+    if options.scenario == QUOTED:
+        print(report.quoted(options.results, list(catalogue.SCENARIOS)))
+        return
     try:
         clean = uvloop.run(run(options))
     except (ProcessFailure, TimeoutError, OSError, RuntimeError) as problem:
@@ -41,7 +44,7 @@ def main() -> None:
 def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("scenario", choices=[*catalogue.NAMES, MICRO])
+    parser.add_argument("scenario", choices=[*catalogue.NAMES, MICRO, QUOTED])
     parser.add_argument("--repetitions", type=int, help="default: the scenario's own")
     parser.add_argument("--seconds", type=float, help="of each measured window")
     parser.add_argument("--warmup", type=float, help="seconds before each window")

@@ -16,11 +16,11 @@ from decimal import Decimal
 
 from benchmarks import kernel
 from benchmarks.load import Ask, Load, LoadResult
-from benchmarks.measures import NGINX, TOLLGATE, Meter, Observed, Plan, Scenario, Subject
+from benchmarks.measures import GATEWAYS, Meter, Observed, Plan, Scenario, Subject
 from benchmarks.scenarios import EVENT_CONTENT_BYTES, PROMPT_BYTES, target
 
 MIB = 1024 * 1024
-OPENED_PER_SECOND = 600
+OPENED_PER_SECOND = 1000
 EVENTS_BESIDE_CONTENT = 4  # role, finish, usage, [DONE]
 WARMING_REQUESTS = 200
 LATE_SECONDS = 15.0
@@ -30,7 +30,6 @@ MIX_RATE = 300.0
 MIX_CHUNKS, MIX_DELAY_MS, MIX_LEAVE_AFTER = 40, 10, 12
 STREAM_FAULTS = ("reset_mid_stream", "eof_mid_stream", "error_event")
 PLAIN_FAULTS = ("fault=reset_before_head", "status=500")
-GATEWAYS = (NGINX, TOLLGATE)
 
 
 async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Meter) -> Observed:
@@ -270,6 +269,6 @@ SCENARIOS = (
         "request",
         400,
         mixed,
-        repetitions=2,
+        repetitions=1,
     ),
 )

@@ -16,6 +16,7 @@ from benchmarks.load import LoadResult
 from benchmarks.product import Product
 
 DIRECT, NGINX, TOLLGATE = "direct", "nginx", "tollgate"
+GATEWAYS, OURS = "gateways", "ours"  # what a scenario is only for
 BEHIND = ("accounting", "postgres")  # they work when they come to it: counted per usage event
 
 
@@ -73,8 +74,8 @@ class Observed(msgspec.Struct, frozen=True):
 class Scenario(msgspec.Struct, frozen=True):
     """A kind of load; `unit` is what CPU is divided by.
 
-    Of `subjects` (None: all) those are measured that there are. `seconds`, `repetitions` and
-    `warmup_seconds` are its own defaults. `prepare` is called first and not measured.
+    `only` GATEWAYS leaves the direct path out, OURS all but Tollgate. `seconds`, `repetitions`
+    and `warmup_seconds` are its own defaults. `prepare` is called first and not measured.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Scenario(msgspec.Struct, frozen=True):
     unit: str
     concurrency: int
     run: Callable[[Subject, Plan, int, Meter], Awaitable[Observed]]
-    subjects: tuple[str, ...] | None = None
+    only: str = ""
     repetitions: int = 3
     seconds: float = 4.0
     warmup_seconds: float = 1.0
@@ -90,7 +91,9 @@ class Scenario(msgspec.Struct, frozen=True):
 
     def takes(self, subject: Subject) -> bool:
         """Whether `subject` can be measured by it."""
-        return self.subjects is None or subject.name in self.subjects
+        if self.only == OURS:
+            return subject.product is not None
+        return self.only != GATEWAYS or bool(subject.serving)
 
     async def measure(
         self, subject: Subject, plan: Plan, repetition: int, others: dict[str, list[int]]

@@ -40,8 +40,8 @@ from proxy.answer import Answer
 from proxy.bill import Bill, Timing
 from proxy.http_head import Request, parse_head
 from proxy.journal import Journal
-from proxy.keys import Keys
 from proxy.key_lease import Ask, KeyLease
+from proxy.keys import Keys
 from proxy.leases import Leases
 from proxy.replay import encode_opening
 from proxy.request_reader import RequestReader

@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from redis import RedisError
 from redis.asyncio import Redis
 
 from accounting.contract.keyspace import stream_key
@@ -97,8 +98,21 @@ class Product:
             raise ProcessFailure(f"not all parts of Tollgate run: {self.groups}")
 
     async def call(self, path: str, body: object = None) -> Any:
-        """The decoded answer of the operator API; raises urllib.error.HTTPError."""
-        return await asyncio.to_thread(self._call, path, body)
+        """The decoded answer of the operator API; raises ProcessFailure."""
+        return await self._asked(lambda: self._call(path, body))
+
+    async def _asked(self, ask: Callable[[], Any]) -> Any:
+        """Ask in a thread; when it has ended meanwhile, say with which words."""
+        try:
+            return await asyncio.to_thread(ask)
+        except OSError as error:
+            raise ProcessFailure(f"{error}; Tollgate: {self._last_words()}") from error
+
+    def _last_words(self) -> str:
+        """The ends of what its parts said."""
+        logs = sorted((self._data_dir / "logs").glob("*.log"))
+        ends = [f"{log.name}: {log.read_text(errors='replace')[-300:]}" for log in logs]
+        return "\n".join([self._started.last_output()[-500:], *ends])
 
     def _call(self, path: str, body: object) -> Any:
         request = urllib.request.Request(self.admin_url + path)
@@ -123,11 +137,14 @@ class Product:
     async def until_posted(self) -> float:
         """Seconds until accounting has posted all that is in the streams."""
         began = time.monotonic()
-        async with Redis.from_url(self.redis_url) as redis:
-            while not await is_posted(redis):
-                if time.monotonic() - began > POSTED_SECONDS:
-                    raise TimeoutError(f"accounting is {POSTED_SECONDS:.0f} s behind")
-                await asyncio.sleep(POLL_SECONDS)
+        try:
+            async with Redis.from_url(self.redis_url) as redis:
+                while not await is_posted(redis):
+                    if time.monotonic() - began > POSTED_SECONDS:
+                        raise TimeoutError(f"accounting is {POSTED_SECONDS:.0f} s behind")
+                    await asyncio.sleep(POLL_SECONDS)
+        except RedisError as error:
+            raise ProcessFailure(f"{error}; Tollgate: {self._last_words()}") from error
         return round(time.monotonic() - began, 2)
 
     async def settled(self) -> int:
@@ -144,7 +161,8 @@ class Product:
         return self._sum(rb"tollgate_requests_total", await self._metrics())
 
     async def _metrics(self) -> bytes:
-        return await asyncio.to_thread(lambda: urllib.request.urlopen(self.metrics_url).read())
+        found = await self._asked(lambda: urllib.request.urlopen(self.metrics_url).read())
+        return bytes(found)
 
     def _sum(self, name: bytes, text: bytes) -> int:
         return sum(int(float(n)) for n in re.findall(rb"^%b[ {].*?([^ ]+)$" % name, text, re.M))

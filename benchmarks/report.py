@@ -208,6 +208,37 @@ def write(folder: Path, name: str, at: datetime, suffix: str, data: bytes, quote
     return path
 
 
+def quoted(folder: Path, scenarios: Sequence[str]) -> str:
+    """The quoted reports of `folder` as one Markdown table, for texts."""
+    paths = [folder / f"quoted-{name}.json" for name in scenarios]
+    reports = [
+        msgspec.json.decode(path.read_bytes(), type=Report) for path in paths if path.exists()
+    ]
+    titles = ["scenario", "path", "per second", "CPU µs per unit", "× nginx", "Redis µs"]
+    titles += ["p50 ms", "p99 ms", "more"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles))]
+    lines += [quoted_row(report, one) for report in reports for one in report.subjects]
+    return "\n".join(lines)
+
+
+def quoted_row(report: Report, one: Summary) -> str:
+    """One subject of one quoted report."""
+    cpu = one.cpu_us_per_unit
+    figures = [f"{name} {spread.median:,g}" for name, spread in one.figures.items()]
+    cells = [
+        f"{report.scenario} ({report.unit}s)",
+        one.subject,
+        str(one.units_per_second),
+        str(cpu.get(one.subject, "–")),
+        "–" if one.times_baseline is None else f"{one.times_baseline:.2f}",
+        figure(cpu["redis"].median) if "redis" in cpu else "–",
+        "–" if one.latency_p50_ms is None else figure(one.latency_p50_ms.median),
+        "–" if one.latency_p99_ms is None else figure(one.latency_p99_ms.median),
+        ", ".join(figures),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
 def machine() -> dict[str, str]:
     """What the figures depend on: processor, kernel, interpreter and its build, versions."""
     arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""

@@ -19,7 +19,7 @@ from accounting import funding, keys, stores, workspaces
 from accounting.contract import settings
 from accounting.keys import Limits
 from benchmarks.load import Ask, Load, target_for
-from benchmarks.measures import TOLLGATE, Meter, Observed, Plan, Scenario, Subject
+from benchmarks.measures import OURS, Meter, Observed, Plan, Scenario, Subject
 from benchmarks.product import Product
 from benchmarks.scenarios import MARGIN_SECONDS, chat_body, target
 
@@ -187,7 +187,6 @@ def held_still(pids: Sequence[int]) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-OURS = (TOLLGATE,)
 SCENARIOS = (
     Scenario("redis-hot", "plain requests of one key", "request", 64, redis_hot, OURS),
     Scenario(
