@@ -8,12 +8,13 @@ that became dear shows here by its name, while the scenarios show what all of th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import statistics
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from accounting.contract.pricing import cost_ucr
 from accounting.contract.settings import Settings
 from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event
 from benchmarks.measures import Subject
+from benchmarks.micro_upstream import Reader, upstream_calls
 from benchmarks.product import CATALOGUE, MODEL
 from benchmarks.provider.answers import Ask as StandInAsk
 from benchmarks.provider.answers import ChunkWriter
@@ -40,7 +42,7 @@ from proxy.answer import Answer
 from proxy.bill import Bill, Timing
 from proxy.http_head import Request, parse_head
 from proxy.journal import Journal
-from proxy.key_lease import Ask, KeyLease
+from proxy.key_lease import Ask
 from proxy.keys import Keys
 from proxy.leases import Leases
 from proxy.replay import encode_opening
@@ -124,13 +126,26 @@ class Typical:
         )
 
 
-def steps(folder: Path) -> list[Step]:
+@contextlib.contextmanager
+def steps(folder: Path) -> Iterator[list[Step]]:
     """Every step, in the order of a request; needs a running event loop."""
-    typical = Typical()
+    typical, journal = Typical(), Journal(folder / "micro.journal", 64)
+    body = b"{" + b" " * ANSWER_BYTES + b"}"
+    with upstream_calls(body, chunk_bytes(usage_null=False), Reader()) as (answer, chunk):
+        yield all_steps(typical, journal, answer, chunk)
+    journal.close(remove=True)
+
+
+def all_steps(
+    typical: Typical, journal: Journal, answer: Callable[[], None], chunk: Callable[[], None]
+) -> list[Step]:
+    """The same, once what they need is there."""
     return [
         *reading_steps(typical),
         *key_and_lease_steps(typical, NoPipe()),
-        *journal_steps(typical, Journal(folder / "micro.journal", 64)),
+        *journal_steps(typical, journal),
+        Step("read a provider's plain answer", answer),
+        Step("read a provider's chunk", chunk),
         *stream_steps(),
         *settling_steps(typical),
     ]
@@ -161,7 +176,8 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
     pipe.on_reply(msgspec.msgpack.encode(typical.record))
     leases = Leases(pipe, "micro", time.monotonic)
     ask = Ask(typical.bill.credits_ucr, typical.bill.tokens, 1, 1, lambda outcome: None)
-    hot, cold = KeyLease(typical.record, "micro"), KeyLease(typical.record, "micro")
+    other = KeyRecord(1, new_id("key"), new_id("ws"), "cold", [], [])
+    hot, cold = leases.of(typical.record), leases.of(other)
     hot.version, hot.right_until = 1, float("inf")
     hot.free_requests = hot.free_credits = hot.free_tokens = PLENTY
     hot.requests_per_minute, hot.tokens_per_minute = 60_000_000, 1_000_000_000_000
@@ -175,7 +191,7 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
 
     def call() -> None:
         cold.calling = False
-        leases.admit(cold, ask)
+        leases.admit(other, ask)
 
     def call_and_reply() -> None:
         call()
@@ -185,7 +201,7 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
 
     return [
         Step("key: digest and look-up", lambda: keys.find(authorization, lambda found: None)),
-        Step("lease: admit locally", lambda: leases.admit(hot, ask)),
+        Step("lease: admit locally", lambda: leases.admit(typical.record, ask)),
         Step("lease: encode a call", call),
         Step("lease: encode a call, decode its reply", call_and_reply),
     ]
@@ -268,8 +284,11 @@ def timed(step: Step, repeats: int, seconds: float) -> Timed:
 async def run(repeats: int = 7, seconds: float = 0.03) -> list[Timed]:
     """Time every step, `repeats` times about `seconds` each."""
     assert asyncio.get_running_loop()
-    with tempfile.TemporaryDirectory(prefix="benchmark-micro-") as folder:
-        return [timed(step, repeats, seconds) for step in steps(Path(folder))]
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-micro-") as folder,
+        steps(Path(folder)) as found,
+    ):
+        return [timed(step, repeats, seconds) for step in found]
 
 
 def table(found: list[Timed]) -> str:

@@ -1,6 +1,7 @@
 """Every hot step runs, does what its name says, and has a figure."""
 
 from benchmarks import micro
+from benchmarks.micro_upstream import Reader, upstream_calls
 
 
 async def test_every_step_has_a_cost(tmp_path):
@@ -11,11 +12,22 @@ async def test_every_step_has_a_cost(tmp_path):
 
 
 async def test_the_scanner_takes_usage_null_out(tmp_path):
-    steps = {step.name: step.call for step in micro.steps(tmp_path)}
     chunk = micro.chunk_bytes(usage_null=False)
     assert b'"usage":null' in micro.chunk_bytes(usage_null=True)
-    assert steps["scan chunk"]() == chunk
-    assert steps["scan chunk with usage:null"]() == chunk
+    with micro.steps(tmp_path) as found:
+        calls = {step.name: step.call for step in found}
+        assert calls["scan chunk"]() == chunk
+        assert calls["scan chunk with usage:null"]() == chunk
+
+
+async def test_whole_answers_and_single_chunks_are_read():
+    reader = Reader()
+    with upstream_calls(b"{}", b"data: x\n\n", reader) as (answer, chunk):
+        assert (reader.heads, reader.ends) == (1, 0)
+        answer()
+        answer()
+        chunk()
+    assert (reader.heads, reader.ends, reader.body_bytes) == (3, 2, 2 + 2 + 9)
 
 
 async def test_an_admission_from_the_lease_sends_nothing(tmp_path):
