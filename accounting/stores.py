@@ -26,6 +26,7 @@ _REDIS_CONNECTIONS = 128  # of one process; beyond it a call is refused like in 
 OUTAGES = (
     OSError,  # TimeoutError is one
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection used after Postgres ended it, before it closed
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,

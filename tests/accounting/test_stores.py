@@ -46,7 +46,12 @@ async def test_a_store_that_gives_up_is_an_outage(database_url: str) -> None:
         assert await fetch(pool, "select 1") == 1
     with pytest.raises(Unavailable):
         await fetch(pool, "select 1")
-    for error in (ConnectionResetError(), TimeoutError(), asyncpg.DeadlockDetectedError()):
+    for error in (
+        ConnectionResetError(),
+        TimeoutError(),
+        asyncpg.DeadlockDetectedError(),
+        asyncpg.InternalClientError(),  # Postgres said good-bye a moment before it was asked
+    ):
         with pytest.raises(Unavailable) as refused:
             await fail(error)
         assert refused.value.__cause__ is error and refused.value.retry_after_seconds == 1
