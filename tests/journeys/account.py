@@ -38,9 +38,9 @@ class Account:
         self.granted_usd += Decimal(amount_usd)
         return given
 
-    def new_key(self, **limits: Any) -> tuple[str, str]:
+    def new_key(self, scopes: list[str] | None = None, **limits: Any) -> tuple[str, str]:
         """(id, secret) of one more key."""
-        body = {"name": "journey", "limits": limits}
+        body = {"name": "journey", "scopes": scopes, "limits": limits}
         made = self.running.operator("POST", f"{self._path}/keys", body)
         return made["key_id"], made["key_secret"]
 

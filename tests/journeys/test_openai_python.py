@@ -313,10 +313,13 @@ def test_refusals_of_a_key_become_permission_errors(funded: Account) -> None:
     _, key = funded.new_key(cost_cap_usd="0.000001")
     expected = (openai.PermissionDeniedError, 403, "plan_limit_exceeded")
     assert Error(funded.openai(key)) == expected
+    _, key = funded.new_key(scopes=["account"])
+    expected = (openai.PermissionDeniedError, 403, "insufficient_scope")
+    assert Error(funded.openai(key)) == expected
     funded.operator("suspend")
     expected = (openai.PermissionDeniedError, 403, "account_suspended")
     assert Error(funded.openai()) == expected
-    assert len(funded.seen.sent) == 3
+    assert len(funded.seen.sent) == 4
 
 
 def test_an_empty_wallet_is_402_and_sent_once(account: Account) -> None:
@@ -421,7 +424,7 @@ def test_a_stream_that_is_left_is_charged_for_what_passed(funded: Account) -> No
 
 
 def test_a_client_that_gives_up_before_the_answer_pays_nothing(funded: Account) -> None:
-    client = funded.openai(max_retries=0, timeout=0.5)
+    client = funded.openai(max_retries=0, timeout=1)
     with pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model=MODEL, messages=asked("fault=hang_before_head"))
     [record] = funded.records(1)
