@@ -4,6 +4,8 @@ Owns the bounds of one request and turns them, and what was used, into the hold,
 the usage event and the journal's opening.
 """
 
+from msgspec import Struct
+
 from accounting.contract.catalogue import Model, Target
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.pricing import cost_ucr, worst_case_ucr
@@ -18,16 +20,13 @@ ROUTE = "/v1/chat/completions"
 NOTHING = TokenUsage()
 
 
-class Timing:
+class Timing(Struct, gc=False):
     """When things happened, in seconds of the worker's clock; 0 = did not happen."""
 
-    __slots__ = ("first_byte_at", "started_at", "started_us", "upstream_at")
-
-    def __init__(self, now: float, wall_us: int) -> None:
-        self.started_at = now
-        self.started_us = wall_us
-        self.upstream_at = 0.0
-        self.first_byte_at = 0.0
+    started_at: float
+    started_us: int
+    upstream_at: float = 0.0
+    first_byte_at: float = 0.0
 
 
 class Bill:

@@ -58,14 +58,15 @@ class Exchange:
         self._services = services
         self._request = request
         self._request_id = services.request_ids.next()
-        self._timing = Timing(services.now(), time.time_ns() // 1000)
+        now = services.now()
+        self._timing = Timing(now, time.time_ns() // 1000)
         self._answer = Answer(client, request, self._request_id)
         self._digest: bytes | None = None
         self._hold: Hold | None = None
         self._slot = 0
         self._tries = 0
         self._ended = False
-        self._patience = Patience(self._timing.started_at)
+        self._patience = Patience(now, now)
 
     def __repr__(self) -> str:
         return f"Exchange({self._request_id.decode()}, ended={self._ended})"
@@ -281,6 +282,7 @@ class Exchange:
         services.journal.settle(self._slot, encode_settle(settle))
         services.settlement.submit(self._lease.shard, settle, self._slot, self._lease)
         services.counters.settled(event)
+        self._relay.let_go()
 
     def _done(self) -> None:
         self._ended = True

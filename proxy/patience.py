@@ -4,25 +4,24 @@ Owns the clock of one exchange. Looked at about twice a second by the worker's s
 chunk costs no more than setting a flag.
 """
 
+from msgspec import Struct
+
 from accounting.contract.catalogue import Provider
 from accounting.contract.settings import Settings
 
 
-class Patience:
+class Patience(Struct, gc=False):
     """`heard`: set at every sign of life; `paused`: the client reads slowly, not our wait."""
 
-    __slots__ = ("_started_at", "heard", "paused", "quiet_since")
-
-    def __init__(self, now: float) -> None:
-        self._started_at = now
-        self.quiet_since = now
-        self.heard = False
-        self.paused = False
+    started_at: float
+    quiet_since: float
+    heard: bool = False
+    paused: bool = False
 
     def exhausted(self, now: float, settings: Settings, provider: Provider) -> bool:
         """Whether the exchange has lasted longer than it may in total."""
         limit = provider.total_timeout_seconds or settings.total_timeout_seconds
-        return now - self._started_at > limit
+        return now - self.started_at > limit
 
     def silent(self, now: float, settings: Settings, provider: Provider, answering: bool) -> bool:
         """Whether the provider has been silent for too long, before or within its answer."""

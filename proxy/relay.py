@@ -88,6 +88,11 @@ class Relay:
         if connection is not None:
             connection.abandon()
 
+    def let_go(self) -> None:
+        """Tell the reader no more. Without this the two would keep each other alive until a
+        garbage collection: 5 % of the CPU of a plain request."""
+        del self._reader
+
     def pause(self) -> None:
         if self._connection is not None:
             self._connection.pause()

@@ -4,15 +4,13 @@ The millisecond part is formatted once per millisecond, the random part comes fr
 generator seeded by the operating system: ids must be unique, not secret.
 """
 
-import base64
 import random
 import time
 
 from accounting.contract.identifiers import ulid
 
-_CROCKFORD = bytes.maketrans(
-    b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-)
+_LETTERS = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS = [bytes((high, low)) for high in _LETTERS for low in _LETTERS]  # ten bits at a time
 
 
 class RequestIds:
@@ -28,5 +26,15 @@ class RequestIds:
         if now != self._millisecond:
             self._millisecond = now
             self._prefix = b"req_" + ulid(now)[:10].encode()
-        ten_bytes = self._bits(80).to_bytes(10, "big")
-        return self._prefix + base64.b32encode(ten_bytes).translate(_CROCKFORD)
+        bits = self._bits(80)
+        return b"%b%b%b%b%b%b%b%b%b" % (
+            self._prefix,
+            _PAIRS[bits >> 70],
+            _PAIRS[bits >> 60 & 1023],
+            _PAIRS[bits >> 50 & 1023],
+            _PAIRS[bits >> 40 & 1023],
+            _PAIRS[bits >> 30 & 1023],
+            _PAIRS[bits >> 20 & 1023],
+            _PAIRS[bits >> 10 & 1023],
+            _PAIRS[bits & 1023],
+        )
