@@ -49,33 +49,34 @@ class Route:
     one of `succeeded`, `failed` and `forgone`; the last is harmless after another.
     """
 
-    __slots__ = ("_ahead", "_at_worst", "_footing", "_stops", "_tried", "model", "stop")
+    __slots__ = ("_at_worst", "_footing", "_next", "_stops", "model", "stop")
 
     def __init__(self, model: Model, stops: tuple[Stop, ...]) -> None:
         self.model = model
         self.stop = stops[0]
         self._stops = stops
-        self._ahead: Iterator[Stop] = iter(stops)
-        self._tried = False
+        self._next = 0
+        self._footing = REFUSED  # until the first attempt
         self._at_worst = REFUSED
-        self._footing = SERVING
 
     def __repr__(self) -> str:
         return f"Route({self.stop.target}, depth={self.stop.depth})"
 
     def advance(self, now: float) -> bool:
         """Go to the next target that may be tried. False: there is none, `stop` stays."""
-        for stop in self._ahead:
+        stops = self._stops
+        while self._next < len(stops):
+            stop = stops[self._next]
+            self._next += 1
             footing = stop.cooldown.admit(now) or self._at_worst
             if footing:
-                self._tried = True
                 self._footing = footing
                 self.stop = stop
                 return True
-        if self._tried:
+        if self._footing:
             return False
-        self._ahead = iter(sorted(self._stops, key=_recovery))
-        self._at_worst = ANYWAY
+        self._stops = tuple(sorted(stops, key=_recovery))
+        self._next, self._at_worst = 0, ANYWAY
         return self.advance(now)
 
     def succeeded(self, now: float) -> None:

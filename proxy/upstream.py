@@ -118,7 +118,7 @@ class ProviderPool:
     def put_back(self, connection: UpstreamConnection) -> None:
         """An answer has ended in order, and the connection can carry another."""
         now = self._loop.time()
-        if self._retired or self._outlived(connection, now):
+        if self._outlived(connection, now) or self._retired:
             connection.abandon()
         elif self._waiting:
             user = self._waiting.popleft()
@@ -182,8 +182,7 @@ class ProviderPool:
 
     def _outlived(self, connection: UpstreamConnection, now: float) -> bool:
         """Whether a connection is too old, or its name leads elsewhere by now."""
-        too_old = now - connection.made_at > self._age_seconds
-        return too_old or connection.address not in self._seen
+        return now > connection.expires_at or connection.address not in self._seen
 
     def _give_up(self, connection: UpstreamConnection) -> None:
         """Close an idle connection; its place is free at once."""
@@ -222,7 +221,7 @@ class ProviderPool:
             return
         self._trusted = True
         self._open.add(connection)
-        connection.made_at = self._loop.time()
+        connection.expires_at = self._loop.time() + self._age_seconds
         connection.user = user
         user.upstream_ready(connection)
 

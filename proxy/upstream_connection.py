@@ -44,18 +44,19 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_complete", "_headers", "_keep", "_mute", "_parser", "_paused", "_pieces", "_pool",
-        "_status", "_transport", "_until_close", "address", "heard", "idle_since", "made_at",
+        "_status", "_transport", "_until_close", "address", "expires_at", "heard", "idle_since",
         "releasing", "reused", "user",
     )  # fmt: skip
 
     def __init__(self, pool: "ProviderPool") -> None:
         self._pool = pool
+        self._parser = httptools.HttpResponseParser(self)  # for one answer after another
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self.user: UpstreamUser | None = None
         self.address = ""
         self.reused = False
-        self.made_at = 0.0
+        self.expires_at = 0.0
         self.idle_since = 0.0
         self._reset()
 
@@ -63,7 +64,6 @@ class UpstreamConnection(asyncio.Protocol):
         return f"UpstreamConnection(in_use={self.user is not None}, reused={self.reused})"
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self._status = 0
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[bytes] = []

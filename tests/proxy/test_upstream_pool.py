@@ -451,7 +451,7 @@ async def test_an_old_connection_is_not_used_again() -> None:
     async with pool_of(host, upstream_age_seconds=1.0) as pool:
         user = await use(pool)
         assert user.connection is not None
-        user.connection.made_at -= 1.1
+        user.connection.expires_at -= 1.1
         finish(user)
         assert not pool._idle
         await eventually(lambda: pool.empty)
