@@ -111,7 +111,7 @@ class Host:
     async def _is_ready(self) -> bool:
         if self.process.returncode is not None:
             await self.ended()
-            raise AssertionError(self.said)
+            raise AssertionError((self.process.returncode, self.said))
         try:
             return (await self.get("/readyz")).status == 200
         except OSError:
