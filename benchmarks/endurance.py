@@ -20,7 +20,7 @@ from benchmarks.measures import GATEWAYS, Meter, Observed, Plan, Scenario, Subje
 from benchmarks.scenarios import EVENT_CONTENT_BYTES, PROMPT_BYTES, target
 
 MIB = 1024 * 1024
-OPENED_PER_SECOND = 1000
+OPENED_PER_SECOND = 800
 EVENTS_BESIDE_CONTENT = 4  # role, finish, usage, [DONE]
 WARMING_REQUESTS = 200
 LATE_SECONDS = 15.0
@@ -44,7 +44,7 @@ async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Me
         at_edge.append(memory_kb(subject))
 
     opening = streams / OPENED_PER_SECOND
-    chunks = int(opening + plan.warmup_seconds + plan.seconds) + 2
+    chunks = int(1.5 * opening + plan.warmup_seconds + plan.seconds) + 2
     lasts = chunks + 1 + opening  # the finish event comes a second after the last content
     script = f"chunks={chunks};chunk_bytes={EVENT_CONTENT_BYTES};chunk_delay_ms=1000;stamp=1"
     aim = target(subject, script, stream=True, extra={"stream_options": {"include_usage": True}})

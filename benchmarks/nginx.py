@@ -20,7 +20,7 @@ worker_processes 1;
 worker_rlimit_nofile {files};
 pid {folder}/nginx.pid;
 error_log {folder}/error.log error;
-events {{ worker_connections {files}; }}
+events {{ worker_connections {connections}; }}
 http {{
   access_log off;
   client_body_temp_path {folder}/body;
@@ -75,7 +75,11 @@ def write_nginx_config(folder: Path, upstream: str, port: int) -> Path:
     """The configuration file, in a folder that nginx's own user may enter."""
     config = folder / "nginx.conf"
     files = kernel.raise_open_files()
-    text = NGINX_CONFIG.format(folder=folder, upstream=upstream, port=port, files=files)
+    # With few connections left nginx closes those that have not asked yet: let there be more
+    # than it can open files.
+    text = NGINX_CONFIG.format(
+        folder=folder, upstream=upstream, port=port, files=files, connections=2 * files
+    )
     config.write_text(text)
     folder.chmod(0o755)
     return config
