@@ -14,8 +14,8 @@ Slot layout, little-endian, 2048 bytes:
 | 8 | 8 + 4 + 4 | progress: bytes relayed, events relayed, bytes of a chunk less its content |
 | 24 | 2 | length of the opening |
 | 26 | 2 | length of the settle |
-| 32 | 704 | the opening, MessagePack |
-| 736 | 1312 | the settle, MessagePack |
+| 32 | 896 | the opening, MessagePack |
+| 928 | 1120 | the settle, MessagePack |
 
 The state byte is written last: each state's bytes are whole before it says so.
 """
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 SLOT_BYTES = 2048
 FREE, OPEN, SETTLED = 0, 1, 2
-_OPENING_AT, _SETTLE_AT = 32, 736
+_OPENING_AT, _SETTLE_AT = 32, 928
 _BATCH = Layout("<I")
 _PROGRESS = Layout("<QII")
 _LENGTH = Layout("<H")

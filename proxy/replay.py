@@ -46,7 +46,8 @@ def settle_of_open(entry: Entry) -> Settle:
     opening = _opening_decoder.decode(entry.opening)
     event = opening.event
     tokens = TokenUsage()
-    if entry.events:
+    answered = entry.envelope > 0  # a chunk had passed; comments alone are no answer
+    if answered:
         output = estimate_output(entry.relayed_bytes, entry.events, entry.envelope)
         tokens = TokenUsage(
             input=min(opening.input_estimate, opening.input_bound),
@@ -59,7 +60,7 @@ def settle_of_open(entry: Entry) -> Settle:
         tokens=tokens,
         charge_ucr=charge,
         overrun_ucr=cost - charge,
-        settlement="estimated" if entry.events else "void",
+        settlement="estimated" if answered else "void",
         outcome="cut",
         answer_bytes=entry.relayed_bytes,
     )
@@ -70,7 +71,7 @@ def settle_of_open(entry: Entry) -> Settle:
         charge_ucr=charge,
         tokens_held=opening.tokens_held,
         tokens_used=tokens.input + tokens.output,
-        void_at_us=0 if entry.events else opening.admitted_at_us,
+        void_at_us=0 if answered else opening.admitted_at_us,
         event=encode_event(ended),
     )
 

@@ -5,6 +5,7 @@ drains it; SIGHUP makes it read the catalogue again.
 """
 
 import asyncio
+import ctypes
 import gc
 import os
 import signal
@@ -29,7 +30,7 @@ from proxy.keys import Keys
 from proxy.leases import Leases
 from proxy.metrics import Counters
 from proxy.redis_pipe import RedisDown, RedisPipe
-from proxy.replay import replay
+from proxy.replay import replay, retire
 from proxy.request_ids import RequestIds
 from proxy.routing import Routing
 from proxy.services import Services
@@ -37,6 +38,7 @@ from proxy.settlement import Settlement
 from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
+_SET_PARENT_DEATH_SIGNAL = 1  # Linux: a worker drains when its supervisor is gone
 _DRAIN_LOOK_SECONDS = 0.02
 _UNUSED_SECONDS = 0.1
 _GATE_OPEN_SECONDS = 1.0
@@ -67,6 +69,8 @@ class Worker:
         self._stopping = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._kept: dict[str, str] = {}  # journals that could not be replayed, and why
+        self._refused = ""  # why Redis last refused a settle
         self._journals = journal_folder(settings)
         self._journals.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._counters = Counters(metrics_path, row)
@@ -174,9 +178,9 @@ class Worker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._retire()
+        retired = settled and await self._retired()
         await self._pipe.stop()
-        services.journal.close(remove=settled)
+        services.journal.close(remove=retired)
 
     async def _settled(self) -> bool:
         """False when Redis did not take everything in time: the journal then stays."""
@@ -187,11 +191,14 @@ class Worker:
             return False
         return True
 
-    async def _retire(self) -> None:
+    async def _retired(self) -> bool:
+        """Forget this boot. False when Redis cannot be told: the journal then stays."""
         try:
+            await retire(self._pipe, self._boot)
             await self._pipe.command("DEL", keyspace.worker_key(self._boot))
         except (RedisDown, hiredis.ReplyError):
-            say("heartbeat left to expire")
+            return False
+        return True
 
     async def _finished(self, seconds: float) -> None:
         """Wait for the exchanges under way, at most so long."""
@@ -270,11 +277,17 @@ class Worker:
                     self._counters.add("tollgate_replayed_settles", count)
                     say("journal replayed", boot=journal.boot, settles=count)
                     done = True
-                except (RedisDown, hiredis.ReplyError) as error:
-                    say("journal kept", boot=journal.boot, why=str(error) or "Redis is down")
+                except (RedisDown, hiredis.ReplyError, msgspec.DecodeError) as error:
+                    self._say_kept(journal.boot, str(error) or "Redis is down")
                 finally:
                     journal.close(remove=done)
             await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    def _say_kept(self, boot: str, why: str) -> None:
+        """Once per journal and reason, however often it is looked at."""
+        if self._kept.get(boot) != why:
+            self._kept[boot] = why
+            say("journal kept", boot=boot, why=why)
 
     def _redis_changed(self, up: bool) -> None:
         self._counters.set("tollgate_redis_up", int(up))
@@ -282,7 +295,9 @@ class Worker:
 
     def _settle_refused(self, why: str) -> None:
         self._counters.add("tollgate_settle_refusals")
-        say("settle refused", why=why)
+        if why != self._refused:
+            self._refused = why
+            say("settle refused", why=why)
 
     def _distrusted(self, provider: str, why: str, trusted_before: bool) -> None:
         self._counters.add("tollgate_upstream_tls_failures")
@@ -313,6 +328,8 @@ async def _main(row: int, listener: socket.socket, metrics_path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     row, descriptor, metrics_path = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     listener = socket.socket(fileno=descriptor)
     try:

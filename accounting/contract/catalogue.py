@@ -70,6 +70,7 @@ class Catalogue(Struct, frozen=True):
     models: dict[str, Model]
 
 
+_NAME_LIMIT = 100  # a journal's slot holds a model's name and its target's
 _Tokens = Annotated[int, Meta(ge=1, le=100_000_000)]
 _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
@@ -211,6 +212,8 @@ def _model(name: str, raw: dict[str, Any], providers: dict[str, Provider | None]
     where = f"catalogue: model {name!r}"
     if not name or not name.isascii() or not name.isprintable() or '"' in name or "\\" in name:
         raise CatalogueError(f"{where}: a name is printable ASCII without quotes")
+    if len(name) > _NAME_LIMIT:
+        raise CatalogueError(f"{where}: a name has {_NAME_LIMIT} characters at most")
     if "price" not in raw:
         raise CatalogueError(f"{where}: has no price")
     table = _convert(raw, _ModelTable, where)
@@ -233,6 +236,8 @@ def _target(text: str, providers: dict[str, Provider | None], where: str) -> Tar
     provider_name, slash, model = text.partition("/")
     if not slash or not model or not model.isascii() or not model.isprintable():
         raise CatalogueError(f"{where}: target {text!r} is not provider/model")
+    if len(text) > _NAME_LIMIT:
+        raise CatalogueError(f"{where}: a target has {_NAME_LIMIT} characters at most")
     if provider_name not in providers:
         raise CatalogueError(f"{where}: unknown provider {provider_name!r}")
     provider = providers[provider_name]

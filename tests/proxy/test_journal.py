@@ -91,17 +91,17 @@ def test_the_longest_entries_fit_and_longer_ones_touch_nothing(path: Path, tmp_p
     journal = Journal(path, 2)
     first, second = journal.reserve(), journal.reserve()
     for slot in (first, second):
-        journal.open(slot, b"o" * 704)
-        journal.settle(slot, b"s" * 1312)
+        journal.open(slot, b"o" * 896)
+        journal.settle(slot, b"s" * 1120)
     before = path.read_bytes()
-    assert [(len(e.opening), len(e.settle)) for e in read(before, tmp_path)] == [(704, 1312)] * 2
+    assert [(len(e.opening), len(e.settle)) for e in read(before, tmp_path)] == [(896, 1120)] * 2
     with pytest.raises(AssertionError):
-        journal.settle(first, b"s" * 1313)
+        journal.settle(first, b"s" * 1121)
     assert read(path.read_bytes(), tmp_path) == read(before, tmp_path)
     journal.free(first)
     journal.reserve()
     with pytest.raises(AssertionError):
-        journal.open(first, b"o" * 705)
+        journal.open(first, b"o" * 897)
     assert [entry.slot for entry in read(path.read_bytes(), tmp_path)] == [second]
     journal.close(remove=True)
 

@@ -240,7 +240,7 @@ async def test_an_estimate_stays_within_hold_and_bounds(pipe: RedisPipe, tmp_pat
     worker = DeadWorker(pipe, tmp_path)
     slot = worker.journal.reserve()
     worker.journal.open(slot, encode_opening(opening(1, hold=50)))
-    worker.journal.progress(slot, 2**40, 2**31, 0)
+    worker.journal.progress(slot, 2**40, 2**31, 1)
     worker.journal.close(remove=False)
     journal = orphan(worker)
     [entry] = journal.entries()
@@ -248,6 +248,19 @@ async def test_an_estimate_stays_within_hold_and_bounds(pipe: RedisPipe, tmp_pat
     journal.close(remove=True)
     assert ended.tokens == TokenUsage(10, 30)
     assert (ended.charge_ucr, ended.overrun_ucr) == (50, 20)
+
+
+async def test_a_stream_of_comments_alone_costs_nothing(pipe: RedisPipe, tmp_path: Path) -> None:
+    worker = DeadWorker(pipe, tmp_path)
+    slot = worker.journal.reserve()
+    worker.journal.open(slot, encode_opening(opening(1, hold=50)))
+    worker.journal.progress(slot, 40, 4, 0)
+    worker.journal.close(remove=False)
+    journal = orphan(worker)
+    [entry] = journal.entries()
+    ended = decode_event(settle_of_open(entry).event)
+    journal.close(remove=True)
+    assert (ended.settlement, ended.charge_ucr) == ("void", 0)
 
 
 async def test_many_settles_go_in_batches(store: Store, pipe: RedisPipe, tmp_path: Path) -> None:
