@@ -227,14 +227,14 @@ class Exchange:
         self._relay.release()
         self._done()
 
-    def _break_off(self, failure: Failure) -> None:
+    def _break_off(self, failure: Failure, outcome: str = "provider_failed") -> None:
         """Within a stream that has begun: an in-band error, and a bill for what was relayed."""
         scanner = self._relay.scanner
         assert scanner is not None and self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
         charge = self._bill.charge(tokens, self._hold)
         self._answer.end_stream(replies.error_event(scanner, tokens, charge, failure))
-        self._settle(tokens, settlement, "provider_failed", failure.status)
+        self._settle(tokens, settlement, outcome, failure.status)
         self._done()
 
     def client_left(self) -> None:
@@ -258,7 +258,7 @@ class Exchange:
         if self._hold is not None:
             self._relay.drop()
         if self._answer.started:
-            self._break_off(failure)
+            self._break_off(failure, "cut")
             return
         if self._hold is not None:
             self._settle(NOTHING, "void", "cut", failure.status)

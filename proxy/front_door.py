@@ -137,7 +137,8 @@ class FrontDoor(asyncio.Protocol):
                 self._transport.resume_reading()
 
     def _answer_refused(self, request: Request, failure: Failure) -> None:
-        answer = replies.error_reply(failure, None, close=True)
+        request_id = self._services.request_ids.next().decode()
+        answer = replies.error_reply(failure, request_id, close=True)
         if request.method == b"HEAD":
             answer = replies.head_of(answer)
         self.write(answer)
