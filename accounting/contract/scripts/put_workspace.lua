@@ -9,7 +9,7 @@
 local state = tonumber(ARGV[1])
 if state ~= 1 and state ~= 2 then error('put_workspace: unknown state') end
 local packed = redis.call('HGET', KEYS[1], 'w')
-local w = packed and cmsgpack.unpack(packed) or {0, 0, state, 0}
+local w = packed and cmsgpack.unpack(packed) or {0, 0, state, 0, 0}
 w[3] = state
 redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w))
 return packed and 0 or 1
