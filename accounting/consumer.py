@@ -41,6 +41,7 @@ REFUSALS = (
 _LOST = (*OUTAGES, RedisError, asyncpg.IdleInTransactionSessionTimeoutError)
 _TRANSACTION_BYTES = 1024 * 1024  # of events, some thousands, in one SQL transaction
 _SHARE_SECONDS = 2.0
+_SHARE_SOON_SECONDS = 0.1  # while others are to give up shards, which nobody posts meanwhile
 _REDIS_PATIENCE_SECONDS = 5.0
 _PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _SESSION = """
@@ -134,9 +135,10 @@ class Consumer:
                 self._own_count(len(locks.held))
                 self._states.answered({POSTGRES, REDIS})
                 self._failures = 0
-                share_again_at = time.monotonic() + _SHARE_SECONDS
+                soon = _SHARE_SOON_SECONDS if locks.short else _SHARE_SECONDS
+                share_again_at = time.monotonic() + soon
             if not locks.held:
-                await self._stops_within(_SHARE_SECONDS)
+                await self._stops_within(max(0.0, share_again_at - time.monotonic()))
                 continue
             entries = await self._read(stream)
             if entries:

@@ -20,6 +20,7 @@ class ShardLocks:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self.held: set[int] = set()
+        self.short = False  # fewer than others have: some are about to be given up
 
     def __repr__(self) -> str:
         return f"<ShardLocks {sorted(self.held)}>"
@@ -44,6 +45,7 @@ class ShardLocks:
         if len(self.held) < fair:
             free = [shard for shard in range(SHARDS) if shard not in self.held]
             self.held |= await self._try_locks(_SHARD, free, fair - len(self.held))
+        self.short = len(self.held) < SHARDS // max(1, places)
         return set(self.held)
 
     async def _try_locks(self, kind: int, wanted: Any, most: int) -> set[int]:

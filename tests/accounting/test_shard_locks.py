@@ -67,5 +67,7 @@ async def test_a_held_shard_is_not_given_twice(database_url: str) -> None:
         await one.share()
         two = await member(stack, database_url)
         assert await two.share() == set()  # until the first has given up its surplus
+        assert two.short and not one.short
         assert len(await one.share()) == SHARDS // 2
         assert await two.share() == ALL - one.held
+        assert not two.short
