@@ -11,10 +11,11 @@ from accounting.contract.keyspace import KeyRecord
 from accounting.contract.pricing import cost_ucr, worst_case_ucr
 from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
 from proxy.admission import Hold
+from proxy.provider_usage import estimate_input
 from proxy.replay import Opening
 from proxy.request_head import ChatHead, input_bound, output_bound
 from proxy.settlement import Settle
-from proxy.usage_scanner import StreamScanner, estimate_input
+from proxy.usage_scanner import StreamScanner
 
 ROUTE = "/v1/chat/completions"
 NOTHING = TokenUsage()

@@ -13,11 +13,12 @@ from accounting.contract.settings import Settings
 from accounting.contract.usage_event import TokenUsage
 from proxy.patience import Patience
 from proxy.provider_errors import CLIENTS_FAULT, failure_of, scrubbed
+from proxy.provider_usage import read_answer
 from proxy.request_head import ChatHead
 from proxy.routing import Stop
 from proxy.sse import EventTooLong
 from proxy.upstream_connection import UpstreamConnection
-from proxy.usage_scanner import StreamScanner, read_answer
+from proxy.usage_scanner import StreamScanner
 
 _ERROR_BODY_LIMIT = 65_536
 

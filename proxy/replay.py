@@ -14,9 +14,9 @@ from accounting.contract.scripts import SCRIPTS
 from accounting.contract.settings import SHARDS
 from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event
 from proxy.journal import SETTLED, Entry, OrphanJournal
+from proxy.provider_usage import estimate_output
 from proxy.redis_pipe import RedisPipe
 from proxy.settlement import Settle, batch_command, encode_settle, settle_decoder
-from proxy.usage_scanner import estimate_output
 
 _BATCH = 256
 

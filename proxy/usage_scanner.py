@@ -2,20 +2,19 @@
 
 `StreamScanner` lets whole events through as bytes and takes out only what the client is not
 meant to see: the provider's usage chunk, `[DONE]`, an error. Constant work per block: three
-searches, unless one of them hits. `read_answer` does the same for a plain JSON answer.
+searches, unless one of them hits.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw, Struct
 
 from accounting.contract.usage_event import TokenUsage
+from proxy.provider_usage import estimate_output, token_usage
 from proxy.sse import EventSplitter, event_data, split_events
 
-_BYTES_PER_TOKEN = 4
-_MAX_COUNT = (1 << 31) - 1  # what the ledger's columns hold
 _USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
 # `,"usage":null` cannot be part of a text: a quote in JSON text has a backslash before it.
 _USAGE_NULL = re.compile(
@@ -23,21 +22,6 @@ _USAGE_NULL = re.compile(
 )
 _EMPTY_LIST = re.compile(rb"\[\s*\]")
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-
-
-class ProviderUsage(Struct):
-    """Usage as OpenAI-compatible providers report it; any field may hold anything."""
-
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
-    total_tokens: Any = None
-    prompt_tokens_details: Any = None
-    completion_tokens_details: Any = None
-    prompt_cache_hit_tokens: Any = None
-
-
-class _Usage(Struct):
-    usage: Raw = Raw()
 
 
 class _Chunk(Struct):
@@ -61,40 +45,7 @@ class _Error(Struct):
     message: str | None = None
 
 
-_Tokens = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
-
-
-class _InputParts(Struct, gc=False):
-    cached_tokens: _Tokens | None = None
-    cache_write_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-
-
-class _OutputParts(Struct, gc=False):
-    reasoning_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-
-
-class _RegularUsage(Struct):
-    """Usage in the shape nearly every provider keeps to: read six times as fast."""
-
-    prompt_tokens: _Tokens
-    completion_tokens: _Tokens
-    total_tokens: _Tokens = 0
-    prompt_tokens_details: _InputParts | None = None
-    completion_tokens_details: _OutputParts | None = None
-    prompt_cache_hit_tokens: _Tokens = 0
-
-
-class _RegularAnswer(Struct):
-    usage: _RegularUsage
-
-
-_regular_usages = msgspec.json.Decoder(_RegularUsage)
-_regular_answers = msgspec.json.Decoder(_RegularAnswer)
 _chunks = msgspec.json.Decoder(_Chunk)
-_answers = msgspec.json.Decoder(_Usage)
-_usages = msgspec.json.Decoder(ProviderUsage)
 _choices = msgspec.json.Decoder(list[_Choice])
 _deltas = msgspec.json.Decoder(_Delta)
 _errors = msgspec.json.Decoder(_Error)
@@ -102,112 +53,6 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 _NULL = Raw(b"null")
 _NO_USAGE = (b"", b"null")
 _NO_ERROR = (b"", b"null", b"false", b"0", b'""', b"{}", b"[]")  # what clients take for none
-
-
-def token_usage(raw: bytes) -> TokenUsage | None:
-    """The provider's usage object as token counts; None when it says nothing usable.
-
-    Details never exceed what they are parts of. Some providers leave reasoning out of
-    `completion_tokens` but not out of `total_tokens`: what the total adds is output.
-    """
-    try:
-        return _regular(_regular_usages.decode(raw))
-    except msgspec.ValidationError:
-        return _irregular(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-_NO_INPUT_PARTS, _NO_OUTPUT_PARTS = _InputParts(), _OutputParts()
-
-
-def _regular(usage: _RegularUsage) -> TokenUsage:
-    prompt, output = usage.prompt_tokens, usage.completion_tokens
-    if usage.total_tokens > prompt + output:
-        output = usage.total_tokens - prompt
-    inputs = usage.prompt_tokens_details or _NO_INPUT_PARTS
-    outputs = usage.completion_tokens_details or _NO_OUTPUT_PARTS
-    cached = min(inputs.cached_tokens or usage.prompt_cache_hit_tokens, prompt)
-    written = min(inputs.cache_write_tokens or 0, prompt - cached)
-    return TokenUsage(
-        prompt,
-        output,
-        cached,
-        written,
-        min(outputs.reasoning_tokens or 0, output),
-        min(inputs.audio_tokens or 0, prompt - cached - written),
-        min(outputs.audio_tokens or 0, output),
-    )
-
-
-def _irregular(raw: bytes) -> TokenUsage | None:
-    """Any field may hold anything; what is no number counts as absent."""
-    try:
-        usage = _usages.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    prompt, output = _count(usage.prompt_tokens), _count(usage.completion_tokens)
-    if prompt is None and output is None:
-        return None
-    total = _count(usage.total_tokens) or 0
-    prompt = max(0, total - (output or 0)) if prompt is None else prompt
-    output = max(output or 0, total - prompt)
-    inputs, outputs = usage.prompt_tokens_details, usage.completion_tokens_details
-    cached = min(
-        _part(inputs, "cached_tokens") or _count(usage.prompt_cache_hit_tokens) or 0, prompt
-    )
-    written = min(_part(inputs, "cache_write_tokens"), prompt - cached)
-    return TokenUsage(
-        input=prompt,
-        output=output,
-        cached_input=cached,
-        cache_write=written,
-        reasoning=min(_part(outputs, "reasoning_tokens"), output),
-        audio_input=min(_part(inputs, "audio_tokens"), prompt - cached - written),
-        audio_output=min(_part(outputs, "audio_tokens"), output),
-    )
-
-
-def _count(number: Any) -> int | None:
-    """A count within bounds; None for what is no number."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return None
-    return int(min(max(number, 0), _MAX_COUNT))
-
-
-def _part(details: Any, name: str) -> int:
-    return (_count(details.get(name)) or 0) if isinstance(details, dict) else 0
-
-
-def estimate_input(request_bytes: int) -> int:
-    """Input tokens where the provider gave no figure: four bytes to a token, rounded up."""
-    return -(-request_bytes // _BYTES_PER_TOKEN)
-
-
-def estimate_output(relayed_bytes: int, events: int, envelope: int) -> int:
-    """Output tokens of a stream that gave no figure, from what was relayed of it.
-
-    Each event after the first counts one token at least; beyond the envelope of a chunk
-    (its length without content) four bytes count as one.
-    """
-    content = relayed_bytes - events * envelope
-    return max(events - 1, -(-max(0, content) // _BYTES_PER_TOKEN), 0)
-
-
-def read_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
-    """Usage of a plain JSON answer, and whether the body is a JSON object at all."""
-    try:
-        return _regular(_regular_answers.decode(body).usage), True
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _read_irregular_answer(body)
-
-
-def _read_irregular_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
-    try:
-        found = _answers.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None, False
-    return token_usage(bytes(found.usage)), True
 
 
 class StreamScanner:

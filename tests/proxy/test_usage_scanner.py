@@ -9,14 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accounting.contract.usage_event import TokenUsage
+from proxy.provider_usage import estimate_input, estimate_output, read_answer, token_usage
 from proxy.sse import EventTooLong, event_data, split_events
-from proxy.usage_scanner import (
-    StreamScanner,
-    estimate_input,
-    estimate_output,
-    read_answer,
-    token_usage,
-)
+from proxy.usage_scanner import StreamScanner
 from tests.proxy.golden_usage import GOLDEN
 
 LIMIT = 2_000_000
