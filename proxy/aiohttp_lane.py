@@ -110,6 +110,7 @@ class AiohttpLane:
         self._keys.find(
             header.encode("latin-1", "replace") if header else None,
             lambda outcome: None if found.done() else found.set_result(outcome),
+            fresh=True,
         )
         outcome = await found
         if isinstance(outcome, Failure):

@@ -36,8 +36,10 @@ class Keys:
     def __repr__(self) -> str:
         return f"Keys(records={len(self._records)}, asked={len(self._asked)})"
 
-    def find(self, authorization: bytes | None, on_key: OnKey) -> bytes | None:
+    def find(self, authorization: bytes | None, on_key: OnKey, fresh: bool = False) -> bytes | None:
         """Call `on_key` with the record or a Failure, at once when it is cached.
+
+        `fresh`: ask Redis in any case, where no admission follows that would notice a change.
 
         Returns the digest, to be forgotten when its record proves stale.
         """
@@ -49,7 +51,7 @@ class Keys:
             on_key(InvalidKey())
             return None
         digest = hashlib.sha256(secret).digest()
-        found = self._records.get(digest)
+        found = None if fresh else self._records.get(digest)
         if found is not None and found[0] > self._now():
             on_key(found[1])
         else:

@@ -127,25 +127,29 @@ class Leases:
     def _answered(
         self, lease: KeyLease, asks: list[Ask], used: int, sent_at: float, reply: Any
     ) -> None:
-        lease.calling = False
         if isinstance(reply, list) and reply[0] == _OK:
             self._note(lease, reply, sent_at)
+            lease.calling = False  # not before: a call must tell of what is granted next
             self._grant(lease, asks, reply)
         else:
-            lease.give_up_unused()
+            lease.calling = False
             lease.right_until = 0.0
+            if not isinstance(reply, list):
+                lease.used += used
+            if lease.give_up_unused() or lease.used:
+                lease.owes = True
+                self._hot.add(lease)  # tell Redis at once, or from time to time until it is back
             if isinstance(reply, list) and reply[0] == _UNKNOWN:
                 self._ask_epoch(asks)
             elif isinstance(reply, list):
                 self._tell_all(asks, Stale())
             else:
-                lease.used += used
                 self._tell_all(asks, Unavailable())
         if lease.calling:
             return
         if lease.waiting:
             self._call(lease)
-        elif lease.owes:
+        elif lease.owes and isinstance(reply, list):
             self._call(lease, giving_back=True)
 
     def _note(self, lease: KeyLease, reply: list[int], sent_at: float) -> None:
@@ -238,8 +242,8 @@ class Leases:
 
     def _give_back(self, lease: KeyLease) -> None:
         self._hot.discard(lease)
-        if not lease.give_up_unused():
-            return
+        if not (lease.give_up_unused() or lease.used or lease.owes):
+            return  # what was used up is unused to Redis until it is told
         if lease.calling:
             lease.owes = True
         else:
@@ -248,13 +252,16 @@ class Leases:
     # Giving back
 
     def release_unused(self) -> None:
-        """About ten times a second: give back what nobody has asked for since the last time."""
+        """About ten times a second: give back what nobody has asked for since the last time,
+        and tell of what was used: to Redis it is unused, and past its deadline anyone's."""
         now = self._clock()
         for lease in list(self._hot):
             if lease.quiet or now >= lease.right_until:
                 self._give_back(lease)
-            else:
-                lease.quiet = True
+                continue
+            lease.quiet = True
+            if lease.used and not lease.calling:
+                self._call(lease)
 
     def release_idle(self) -> None:
         """Forget the leases of keys that have been quiet for long."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
+from accounting.contract import keyspace
 from accounting.contract.settings import Address
 from tests.proxy.ends import chat, request, standin
 from tests.proxy.harness import Key, Scene, Start
@@ -110,6 +111,15 @@ async def test_a_key_sees_the_models_it_may_use(scene: Scene) -> None:
     assert answer.status == 200
     answer = await scene.ask(key, method="GET", path="/v1/models/small")
     assert answer.refused == (404, "model_not_found")
+
+
+async def test_a_revoked_key_sees_no_models_though_it_was_seen_before(
+    scene: Scene, key: Key
+) -> None:
+    assert (await scene.ask(key, method="GET", path="/v1/models")).status == 200
+    scene.seeds.store.client.delete(keyspace.digest_key(key.digest))
+    answer = await scene.ask(key, method="GET", path="/v1/models")
+    assert answer.refused == (401, "invalid_api_key")
 
 
 async def test_models_need_a_key_and_a_get(scene: Scene, key: Key) -> None:
