@@ -7,8 +7,8 @@
 --         {credits, tokens, slots the worker holds in all; of these unused: requests, credits,
 --          tokens; requests it admitted by itself since its last call},
 --         {{credits, tokens, model_allowed}, ...} one ask per request, in order,
---         {requests, credits each, tokens each} to lease ahead}; unused ones, and the last, may
---         be left out
+--         {requests, credits each, tokens each} to lease ahead}; the worker's last four figures
+--         together, and the fourth part, may be left out
 -- reply   {0, now_us, balance, held, rpm, tpm, then per ask: verdict, detail_1, detail_2,
 --          requests_tat, tokens_tat; then requests leased ahead, for how many µs they may be
 --          admitted, 1 if others hold unused what a refused ask needs, requests_tat, tokens_tat}
@@ -43,7 +43,10 @@ end
 local boot, key_id, workspace_id = ARGV[1], ARGV[2], ARGV[3]
 local message = cmsgpack.unpack(ARGV[4])
 local version, mine, asks = whole(message[1]), message[2], message[3]
-for field = 1, 7 do mine[field] = whole(mine[field] or field > 3 and 0) end
+local figures = 0
+for _ in pairs(mine) do figures = figures + 1 end
+if figures == 3 then mine[4], mine[5], mine[6], mine[7] = 0, 0, 0, 0 end
+for field = 1, 7 do whole(mine[field]) end
 local ahead = message[4] or {0, 0, 0}
 whole(ahead[1]); whole(ahead[2]); whole(ahead[3])
 local asked = 0
