@@ -29,8 +29,8 @@ class FrontDoor(asyncio.Protocol):
     """One client connection. `services` are the worker's."""
 
     __slots__ = (
-        "_closing", "_exchange", "_lingering", "_paused_at", "_pumping", "_reader",
-        "_reading_paused", "_services", "_since", "_transport",
+        "_closing", "_exchange", "_lingering", "_outgoing", "_paused_at", "_pumping",
+        "_reader", "_reading_paused", "_services", "_since", "_transport",
     )  # fmt: skip
 
     def __init__(self, services: "Services") -> None:
@@ -38,6 +38,7 @@ class FrontDoor(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = RequestReader(services.settings)
         self._exchange: Exchange | None = None
+        self._outgoing: list[bytes] = []
         self._pumping = False
         self._closing = False
         self._lingering = False
@@ -148,6 +149,7 @@ class FrontDoor(asyncio.Protocol):
         """Give the connection to the aiohttp lane: earlier answers are out."""
         transport = self._transport
         assert transport is not None
+        self._flush()
         self._services.connections.discard(self)
         self._closing = True
         handler = self._services.aiohttp_lane.protocol()
@@ -160,8 +162,18 @@ class FrontDoor(asyncio.Protocol):
     # The client's side of an exchange
 
     def write(self, data: bytes) -> None:
+        """Written at the end of the loop turn, with all that this turn adds."""
+        if not self._outgoing:
+            self._services.loop.call_soon(self._flush)
+        self._outgoing.append(data)
+
+    def _flush(self) -> None:
+        outgoing = self._outgoing
+        if not outgoing:
+            return
+        self._outgoing = []
         if self._transport is not None:
-            self._transport.write(data)
+            self._transport.write(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing))
 
     def exchange_done(self, close: bool) -> None:
         self._exchange = None
@@ -180,11 +192,13 @@ class FrontDoor(asyncio.Protocol):
     def close(self) -> None:
         """Close an idle connection."""
         self._closing = True
+        self._flush()
         if self._transport is not None:
             self._transport.close()
 
     def _linger(self) -> None:
         """Close so that the client gets the answer even while it is still sending."""
+        self._flush()
         self._closing = True
         self._lingering = True
         self._since = self._services.now()

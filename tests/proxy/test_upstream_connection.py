@@ -251,7 +251,7 @@ def test_a_long_stream_of_small_blocks_is_not_taken_for_mute() -> None:
     assert (use.ended, len(use.body), use.kept) == ("end", 60_000, 1)
 
 
-def test_an_answer_before_its_request_was_sent_out_ends_the_connection() -> None:
+async def test_an_answer_before_its_request_was_sent_out_ends_the_connection() -> None:
     """What is still unsent would go before the next request."""
     use = Use()
     use.connection.send(b"head", b"body")
