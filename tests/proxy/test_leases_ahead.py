@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from accounting.contract.errors import CreditInFlight, Failure, Unavailable
+from accounting.contract.errors import CreditInFlight, Failure
 from accounting.contract.keyspace import LIVE, REVOKED, KeyRules, workspace_key
 from accounting.contract.money import ceil_div
 from accounting.recall import recall
@@ -275,17 +275,20 @@ async def test_a_stale_refill_gives_back(store: Store, desk: Desk) -> None:
 async def test_after_an_outage_what_was_let_go_is_told(
     store: Store, between: Between, desk: Desk
 ) -> None:
+    """The reply of a refill is lost, with what it brought; what was used stays held."""
     store.fund(WS, 100_000)
     await desk.warm()
-    assert desk.ask()
     between.silent = True
     held = store.wallet(WS).held
-    assert not desk.ask(credits=100_000)
-    await eventually(lambda: store.wallet(WS).held < held)
+    while not desk.lease.calling:
+        desk.clock.now += APART_SECONDS
+        assert desk.ask()
+    await eventually(lambda: store.wallet(WS).held > held)
     between.silent = False
     between.cut()
-    await eventually(lambda: isinstance(desk.told[-1], Unavailable))
-    await eventually(lambda: desk.leases._pipe.up)
+    await eventually(lambda: not desk.lease.calling)
+    desk.leases.release_unused()  # still down: told again later
+    await eventually(lambda: desk.leases._pipe.up and not desk.lease.calling)
     desk.leases.release_unused()
     await agreed(store, desk)
 
@@ -428,3 +431,18 @@ async def test_after_a_revoke_no_worker_admits(store: Store, floor: Floor, redis
     await eventually(lambda: not any(desk.lease.calling for desk in floor.desks))
     assert all(isinstance(desk.told[-1], Stale) for desk in floor.desks)
     await floor.settled(store)
+
+
+async def test_a_recall_outlasts_the_right_of_a_worker_that_hears_nothing(
+    store: Store, desk: Desk, redis_url: str
+) -> None:
+    store.fund(WS, 100_000)
+    await desk.warm()
+    store.put_key(WS, KEY, KeyRules(2, REVOKED))
+    started = time.monotonic()
+    async with Redis.from_url(redis_url) as client:
+        await recall(client, WS)
+    desk.clock.now += time.monotonic() - started
+    assert not desk.ask()
+    await eventually(lambda: isinstance(desk.told[-1], Stale))
+    await agreed(store, desk)
