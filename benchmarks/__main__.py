@@ -22,6 +22,7 @@ from benchmarks.processes import Cores, ProcessFailure
 from benchmarks.report import Report
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
 MICRO, QUOTED = "micro", "quoted"
 
 
@@ -29,7 +30,9 @@ def main() -> None:
     """Run; exit status 1 with one line if something does not start, stands still or drifts."""
     options = parsed_options()
     if options.scenario == QUOTED:
-        print(report.quoted(options.results, list(catalogue.SCENARIOS)))
+        made = report.quoted(options.results, list(catalogue.SCENARIOS))
+        print(made)
+        report.quote_in(README, made)
         return
     try:
         clean = uvloop.run(run(options))
@@ -134,6 +137,7 @@ def plan_of(scenario: Scenario, options: argparse.Namespace, cores: Cores) -> Pl
         options.concurrency,
         options.client,
         cores.load,
+        cores.subject,
     )
 
 

@@ -45,7 +45,7 @@ PANELS = {  # scenario: title, what of the field it compares with
 OWN_NAMES = {NGINX: "nginx, plain proxy", TOLLGATE: "Tollgate, everything on"}
 COLOURS = {NGINX: "#6b7280", TOLLGATE: "#0f766e"}
 WIDTH, LEFT, RIGHT = 860, 210, 90
-BAR, GAP, TITLE = 18, 6, 34
+BAR, GAP, TITLE = 18, 6, 44
 INK, FAINT = "#1f2937", "#9ca3af"
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -16,13 +18,14 @@ from decimal import Decimal
 
 from benchmarks import kernel
 from benchmarks.load import Ask, Load, LoadResult
-from benchmarks.measures import GATEWAYS, Meter, Observed, Plan, Scenario, Subject
+from benchmarks.measures import GATEWAYS, NGINX, Meter, Observed, Plan, Scenario, Subject
 from benchmarks.scenarios import EVENT_CONTENT_BYTES, PROMPT_BYTES, target
 
 MIB = 1024 * 1024
 OPENED_PER_SECOND = 800
 EVENTS_BESIDE_CONTENT = 4  # role, finish, usage, [DONE]
 WARMING_REQUESTS = 200
+POLL_SECONDS = 0.02
 LATE_SECONDS = 15.0
 STREAM_CHUNKS = 2560
 STALLED_CHUNK_BYTES = 16 * 1024
@@ -84,10 +87,38 @@ def memory_kb(subject: Subject) -> int:
     return sum(kernel.proportional_kb(pid) for pid in subject.serving)
 
 
+async def renew_workers(subject: Subject, plan: Plan) -> None:
+    """Let a gateway replace the processes that hold connections: new ones have no past.
+
+    Tollgate's supervisor replaces a worker that has ended; nginx does at SIGHUP.
+    """
+    old = list(subject.serving)
+    roots = subject.groups.get(subject.name, [])
+    if subject.product is not None:
+        ended, number = old, signal.SIGTERM
+    elif subject.name == NGINX:
+        ended, number = roots, signal.SIGHUP
+    else:
+        return
+    for pid in ended:
+        os.kill(pid, number)
+    deadline = time.monotonic() + LATE_SECONDS
+    while not (new := kernel.tree_of(roots) - set(roots)) or new & set(old):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{subject.name} does not replace its worker")
+        await asyncio.sleep(POLL_SECONDS)
+    subject.serving[:] = sorted(new)
+    kernel.pin_tree(subject.serving, plan.subject_core)
+    if subject.product is not None:
+        await subject.product.until_ready()
+
+
 @contextlib.asynccontextmanager
 async def grown_mb(subject: Subject) -> AsyncIterator[dict[str, float]]:
     """Fills in by how much the subject's memory rose above its start, at most (MB)."""
     figures: dict[str, float] = {}
+    if subject.serving:
+        await warm(subject)
     before = sum(kernel.resident_kb(pid) for pid in subject.serving)
     for pid in subject.serving:
         kernel.forget_peak(pid)
@@ -144,12 +175,11 @@ async def bodies(
 
 async def stalled_readers(subject: Subject, plan: Plan, concurrency: int, meter: Meter) -> Observed:
     """Clients that ask for 40 MB and read nothing: what each costs while the window lasts."""
-    await warm(subject)
     script = f"chunks={STREAM_CHUNKS};chunk_bytes={STALLED_CHUNK_BYTES}"
     aim = target(subject, script, stream=True, extra={"max_tokens": 16 * MIB})
-    before = memory_kb(subject)
     began = time.monotonic()
     async with grown_mb(subject) as figures:
+        before = memory_kb(subject)
         readers = [stalled_reader(aim.host, aim.port, aim.request) for _ in range(concurrency)]
         try:
             await asyncio.sleep(plan.warmup_seconds)
@@ -229,6 +259,7 @@ SCENARIOS = (
         10_000,
         open_streams,
         GATEWAYS,
+        prepare=renew_workers,
         repetitions=1,
         seconds=60.0,
         warmup_seconds=2.0,
@@ -241,6 +272,7 @@ SCENARIOS = (
         big_prompts,
         repetitions=2,
         seconds=2.0,
+        prepare=renew_workers,
     ),
     Scenario(
         "big-answers",
@@ -250,9 +282,17 @@ SCENARIOS = (
         big_answers,
         repetitions=2,
         seconds=2.0,
+        prepare=renew_workers,
     ),
     Scenario(
-        "big-streams", "streams of 10 MB", "request", 4, big_streams, repetitions=2, seconds=2.0
+        "big-streams",
+        "streams of 10 MB",
+        "request",
+        4,
+        big_streams,
+        repetitions=2,
+        seconds=2.0,
+        prepare=renew_workers,
     ),
     Scenario(
         "stalled-readers",
@@ -261,7 +301,9 @@ SCENARIOS = (
         50,
         stalled_readers,
         GATEWAYS,
+        prepare=renew_workers,
         repetitions=1,
+        seconds=2.0,
     ),
     Scenario(
         "mixed",

@@ -46,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
     concurrency: int = 0
     client: str = "auto"
     load_core: int | None = None
+    subject_core: int | None = None
 
 
 class Measurement(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ from accounting.contract.keyspace import stream_key
 from accounting.contract.settings import SHARDS
 from accounting.embedded_files import noted_url
 from benchmarks.kernel import named_in_tree, pin_tree
-from benchmarks.processes import Cores, ProcessFailure, Running, running
+from benchmarks.processes import Cores, ProcessFailure, Running, is_answering, running
 
 MODEL = "sandbox"
 GRANTS, GRANT_USD = 10, "1000000"
@@ -43,6 +43,7 @@ LIMITS = {
 }
 READY_LINE = "Ctrl-C stops everything"
 READY_SECONDS, STOP_SECONDS, POSTED_SECONDS = 120.0, 90.0, 120.0
+RELEASED_SECONDS = 5.0
 POLL_SECONDS = 0.05
 
 CATALOGUE = """\
@@ -147,6 +148,15 @@ class Product:
             raise ProcessFailure(f"{error}; Tollgate: {self._last_words()}") from error
         return round(time.monotonic() - began, 2)
 
+    async def until_ready(self) -> None:
+        """Wait until every worker serves and may admit; raises TimeoutError."""
+        url = self.metrics_url.removesuffix("/metrics") + "/readyz"
+        deadline = time.monotonic() + READY_SECONDS
+        while not await asyncio.to_thread(is_answering, url):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the new worker is not ready")
+            await asyncio.sleep(POLL_SECONDS)
+
     async def settled(self) -> int:
         """The same, when Redis has confirmed every settle."""
         deadline = time.monotonic() + POSTED_SECONDS
@@ -168,7 +178,15 @@ class Product:
         return sum(int(float(n)) for n in re.findall(rb"^%b[ {].*?([^ ]+)$" % name, text, re.M))
 
     async def held_usd(self) -> float:
-        """Credits still held by requests; 0 when every hold has ended."""
+        """Dollars still held with nothing under way; what is leased ahead is given back soon."""
+        deadline = time.monotonic() + RELEASED_SECONDS
+        while held := await self._held():
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        return held
+
+    async def _held(self) -> float:
         return float((await self.call(f"/workspaces/{self.workspace_id}"))["held_usd"])
 
     async def audit(self) -> str:

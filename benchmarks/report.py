@@ -21,6 +21,8 @@ from benchmarks.measures import Measurement, Plan, Scenario
 from benchmarks.micro import Timed
 from benchmarks.nginx import nginx_path
 
+QUOTE_MARK = "<!-- quoted figures -->"
+
 
 class Spread(msgspec.Struct, frozen=True):
     """Median, least and greatest of the repetitions."""
@@ -219,6 +221,13 @@ def quoted(folder: Path, scenarios: Sequence[str]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles))]
     lines += [quoted_row(report, one) for report in reports for one in report.subjects]
     return "\n".join(lines)
+
+
+def quote_in(text: Path, made: str) -> None:
+    """Put the table of quoted figures between its marks in a text."""
+    before, _, rest = text.read_text().partition(QUOTE_MARK)
+    _, _, after = rest.partition(QUOTE_MARK)
+    text.write_text(f"{before}{QUOTE_MARK}\n{made}\n{QUOTE_MARK}{after}")
 
 
 def quoted_row(report: Report, one: Summary) -> str:

@@ -188,7 +188,9 @@ def held_still(pids: Sequence[int]) -> Iterator[None]:
 
 
 SCENARIOS = (
-    Scenario("redis-hot", "plain requests of one key", "request", 64, redis_hot, OURS),
+    Scenario(
+        "redis-hot", "plain requests of one key", "request", 64, redis_hot, OURS, repetitions=2
+    ),
     Scenario(
         "redis-cold",
         f"open loop, {COLD_RATE:.0f}/s, every request of a workspace of its own",
@@ -206,7 +208,16 @@ SCENARIOS = (
         64,
         redis_mix,
         OURS,
+        repetitions=2,
         prepare=gather_crowd,
     ),
-    Scenario("accounting", "a backlog of plain requests, posted", "request", 64, accounting, OURS),
+    Scenario(
+        "accounting",
+        "a backlog of plain requests, posted",
+        "request",
+        64,
+        accounting,
+        OURS,
+        repetitions=2,
+    ),
 )

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from benchmarks import report, wrk
+from benchmarks.__main__ import README, RESULTS
 from benchmarks.catalogue import SCENARIOS
 from benchmarks.load import LoadResult, target_for
 from benchmarks.load_connection import Latencies
@@ -78,6 +79,20 @@ def test_quoted_figures_replace_the_last_ones(tmp_path):
         assert report.save(made, tmp_path, quoted=True) == tmp_path / "quoted-rate.json"
     saved = json.loads((tmp_path / "quoted-rate.json").read_bytes())
     assert saved["subjects"][0]["cpu_us_per_unit"]["ours"]["median"] == 6.0
+
+
+def test_the_readme_quotes_what_the_committed_results_say():
+    made = report.quoted(RESULTS, list(SCENARIOS))
+    assert f"{report.QUOTE_MARK}\n{made}\n{report.QUOTE_MARK}" in README.read_text()
+    assert "| rate (requests) | tollgate |" in made
+
+
+def test_quoting_replaces_what_was_quoted(tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text(f"a\n{report.QUOTE_MARK}\nold\n{report.QUOTE_MARK}\nz\n")
+    report.quote_in(text, "| new |")
+    report.quote_in(text, "| newer |")
+    assert text.read_text() == f"a\n{report.QUOTE_MARK}\n| newer |\n{report.QUOTE_MARK}\nz\n"
 
 
 @pytest.mark.parametrize("stream", [False, True])
