@@ -22,7 +22,7 @@ async def recall(redis: Redis, workspace_id: str) -> None:
     workspace_key = keyspace.workspace_key(workspace_id)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LONGEST_SECONDS
-    while await scripts.call(redis, "reclaim", [workspace_key], []):
+    while await scripts.call(redis, "ahead", [workspace_key], []):
         if loop.time() > deadline:
             return
         await redis.publish(keyspace.RECALL_CHANNEL, workspace_id)

@@ -33,7 +33,6 @@ from proxy.redis_pipe import RedisPipe, pack
 _encode = msgspec.msgpack.Encoder().encode
 _LEASE = SCRIPTS["lease"].digest
 _RELEASE = SCRIPTS["release"].digest
-_RECLAIM = SCRIPTS["reclaim"].digest
 _FORGET_SECONDS = 30.0
 _AHEAD_SECONDS = 0.05  # how long what is leased ahead should last at the recent rate
 _AHEAD_REQUESTS = 512
@@ -212,8 +211,6 @@ class Leases:
 
     def _recall(self, lease: KeyLease, asks: list[Ask]) -> None:
         """Others hold unused what these need: call it back, and ask again shortly."""
-        workspace_key = lease.field_words[0]
-        self._pipe.send(pack(("EVALSHA", _RECLAIM, 1, workspace_key)), _ignore_reply)
         self._pipe.send(
             pack(("PUBLISH", keyspace.RECALL_CHANNEL, lease.workspace_id)), _ignore_reply
         )

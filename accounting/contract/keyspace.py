@@ -83,7 +83,7 @@ class KeyCounters(Struct, array_like=True):
 
 class LeaseRecord(Struct, array_like=True):
     """Field `l:<boot>:<key>`: what one worker boot has taken and not yet settled; of that,
-    the unused part it leased ahead, which is anyone's after the deadline."""
+    the unused part it leased ahead, which it may admit from until the deadline."""
 
     credits_ucr: int = 0
     tokens: int = 0

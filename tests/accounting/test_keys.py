@@ -150,7 +150,8 @@ async def test_a_revocation_does_not_wait_for_a_worker_that_hears_nothing(
     workspace_id, key_id = await funded(pool, redis)
     assert await lease_ahead(redis, workspace_id, key_id, [0] * 7, 8) == 8
     await asyncio.wait_for(keys.revoke(pool, redis, workspace_id, key_id), 5)
-    assert (await workspaces.balance(redis, workspace_id)).held_ucr == 0
+    held = (await workspaces.balance(redis, workspace_id)).held_ucr
+    assert held == 8  # it may be behind requests in flight, until the worker speaks or is retired
 
 
 async def test_a_revocation_is_completed_by_its_repetition(

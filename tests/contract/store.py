@@ -139,7 +139,7 @@ class Store:
         self.client = client
         self.sources = {name: script.source for name, script in SCRIPTS.items()}
         if with_clock:
-            for name in ("lease", "settle", "reclaim"):
+            for name in ("lease", "settle", "ahead"):
                 assert self.sources[name].count(_TIME) == 1
                 self.sources[name] = self.sources[name].replace(_TIME, _CLOCK)
             assert not any(_TIME in source for source in self.sources.values())

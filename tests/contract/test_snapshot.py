@@ -76,7 +76,7 @@ def test_a_stream_of_another_type_is_refused(store: Store) -> None:
 
 def test_every_script_is_known_by_its_digest() -> None:
     assert set(SCRIPTS) == {
-        "credit", "lease", "put_key", "put_workspace", "reclaim", "release", "settle", "snapshot",
+        "ahead", "credit", "lease", "put_key", "put_workspace", "release", "settle", "snapshot",
     }  # fmt: skip
     for name, script in SCRIPTS.items():
         assert script.name == name

@@ -167,12 +167,13 @@ async def test_a_paused_worker_admits_nothing_on_an_old_right(store: Store, desk
     await agreed(store, desk, unused=desk.lease.free_requests)
 
 
-async def test_what_redis_may_reclaim_no_worker_admits_on(store: Store, desk: Desk) -> None:
+async def test_what_counts_for_nothing_at_redis_no_worker_admits_on(
+    store: Store, desk: Desk
+) -> None:
     store.fund(WS, 100_000)
     await desk.warm()
     started = time.monotonic()
-    await eventually(lambda: store.run("reclaim", [workspace_key(WS)], []) == 0)
-    assert store.wallet(WS).unused == 0
+    await eventually(lambda: store.run("ahead", [workspace_key(WS)], []) == 0)
     desk.clock.now += time.monotonic() - started  # what passed at Redis passed here too
     assert not desk.ask()
     await eventually(lambda: desk.holds == 3)

@@ -30,7 +30,7 @@ local MINUTE = 60000000
 local DAY = 86400000000
 local MAX = 9000000000000000
 local RIGHT = 1000000     -- a lease admits for this long, by the worker's clock
-local DEADLINE = 1100000  -- and is anyone's after this long, by Redis's
+local DEADLINE = 1100000  -- and surely no longer after this long, by Redis's
 local SHARE = 8
 
 local function whole(x)

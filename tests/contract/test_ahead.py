@@ -1,4 +1,4 @@
-"""reclaim.lua, and random histories of workers that lease ahead: no sum drifts, no limit breaks.
+"""ahead.lua, and random histories of workers that lease ahead: no sum drifts, no limit breaks.
 
 The scripts read the test's clock. A worker here is what `proxy.leases` promises: it admits
 from what is ahead while its right stands, and tells of what it used before the deadline. On
@@ -26,63 +26,49 @@ NOON = 20_000 * DAY + DAY // 2
 DEADLINE = 1_100_000
 
 
-def reclaim(store: Store) -> int:
-    return int(store.run("reclaim", [workspace_key(WS)], []))
+def ahead(store: Store) -> int:
+    """What may still be admitted; asking changes nothing."""
+    before = store.everything()
+    alive = int(store.run("ahead", [workspace_key(WS)], []))
+    assert store.everything() == before
+    return alive
 
 
-def test_only_what_is_past_its_deadline_is_taken(clocked: Store) -> None:
+def test_only_what_may_still_be_admitted_counts(clocked: Store) -> None:
     clocked.fund(WS, 8000)
     clocked.fund(WS, key="key_2")
     clocked.set_clock(NOON)
+    assert ahead(clocked) == 0
     lease(clocked, Ask(100, 10), ahead=(3, 10, 1))
     lease(clocked, ahead=(2, 10, 1), key="key_2")
     clocked.set_clock(NOON + 1)
     lease(clocked, ahead=(4, 10, 1), boot="boot_2")
     clocked.set_clock(NOON + DEADLINE)
-    before = clocked.everything()
-    assert reclaim(clocked) == 9
-    assert clocked.everything() == before
+    assert ahead(clocked) == 9
     clocked.set_clock(NOON + DEADLINE + 1)
-    assert reclaim(clocked) == 4
-    found = clocked.snapshot(WS)
-    flight = LeaseRecord(100, 10, 1, 0, 0, 0, NOON + DEADLINE)
-    assert found.leases["boot_1:key_1"] == flight  # what is in flight stays
-    assert found.leases["boot_1:key_2"] == LeaseRecord(deadline_us=NOON + DEADLINE)
-    assert found.leases["boot_2:key_1"].unused_requests == 4
-    assert (clocked.wallet(WS).held, clocked.wallet(WS).unused) == (140, 40)
-    assert_sums(clocked)
-    before = clocked.everything()
-    assert reclaim(clocked) == 4  # twice is once
-    assert clocked.everything() == before
+    assert ahead(clocked) == 4
     clocked.set_clock(NOON + DEADLINE + 2)
-    assert reclaim(clocked) == 0
-    assert clocked.wallet(WS).unused == 0
-    assert_sums(clocked)
+    assert ahead(clocked) == 0
+    assert (clocked.wallet(WS).held, clocked.wallet(WS).unused) == (190, 90)  # held all the same
 
 
-def test_the_unknown_has_nothing_to_reclaim(clocked: Store) -> None:
+def test_the_unknown_has_nothing_ahead(clocked: Store) -> None:
     clocked.set_clock(NOON)
-    assert reclaim(clocked) == 0
+    assert ahead(clocked) == 0
+
+
+def test_a_silent_worker_keeps_what_its_requests_may_cost(clocked: Store) -> None:
+    """It used all it had ahead, told nobody, and was paused: its settle comes late."""
     clocked.fund(WS, 8000)
-    before = clocked.everything()
-    assert reclaim(clocked) == 0
-    assert clocked.everything() == before
-
-
-def test_what_was_used_and_settled_is_not_taken_twice(clocked: Store) -> None:
-    """A worker that died after its settle, before its next call: held never goes below zero."""
-    clocked.fund(WS, 8000, concurrency=80)
     clocked.set_clock(NOON)
-    assert lease(clocked, ahead=(10, 10, 1)).extra == 10
-    clocked.settle(1, Row(WS, credits=40, charge=40, tokens=4, used=4, slots=4))
+    assert lease(clocked, ahead=(10, 100, 1)).extra == 10
     clocked.set_clock(NOON + DEADLINE + 1)
-    assert reclaim(clocked) == 0
-    assert clocked.snapshot(WS).leases["boot_1:key_1"] == LeaseRecord(deadline_us=NOON + DEADLINE)
-    assert (clocked.wallet(WS).held, clocked.wallet(WS).unused) == (0, 0)
-    assert clocked.counters(WS).open == 0
-    assert_sums(clocked)
-    assert lease(clocked, Ask(7961), boot="boot_2").outcomes != [ADMITTED]
-    assert clocked.release(WS) == [0, 0, 0]
+    assert ahead(clocked) == 0
+    assert lease(clocked, Ask(7001), boot="boot_2").outcomes != [ADMITTED]
+    assert lease(clocked, Ask(7000), boot="boot_2").outcomes == [ADMITTED]
+    clocked.settle(1, Row(WS, credits=7000, charge=7000, slots=1), boot="boot_2")
+    clocked.settle(1, Row(WS, credits=1000, charge=1000, tokens=10, slots=10))
+    assert clocked.wallet(WS).balance == 0
     assert_sums(clocked)
 
 
@@ -101,12 +87,11 @@ def test_release_of_a_boot_with_unused_parts(clocked: Store) -> None:
     assert_sums(clocked)
 
 
-def test_a_worker_back_after_a_reclaim_has_only_what_it_declares(clocked: Store) -> None:
+def test_a_worker_that_was_silent_has_only_what_it_declares(clocked: Store) -> None:
     clocked.fund(WS, 8000)
     clocked.set_clock(NOON)
     lease(clocked, Ask(100, 10), ahead=(3, 10, 1))
     clocked.set_clock(NOON + DEADLINE + 1)
-    reclaim(clocked)
     lease(clocked, mine=Mine(100, 10, 1))
     assert (clocked.wallet(WS).held, clocked.wallet(WS).unused) == (100, 0)
     assert_sums(clocked)
@@ -226,16 +211,12 @@ class Histories(RuleBasedStateMachine):
 
     @rule(wait=st.sampled_from([1, 1000, 400_000, 999_999, 1_000_000, DEADLINE, DEADLINE + 1]))
     def pass_time(self, wait: int) -> None:
-        """Whoever has used some tells it before time goes on."""
-        for (boot, key), worker in self.workers.items():
-            if worker.used:
-                self.call(boot, key)
         self.now += wait
         self.store.set_clock(self.now)
 
     @rule()
-    def reclaim(self) -> None:
-        alive = reclaim(self.store)
+    def look_ahead(self) -> None:
+        alive = ahead(self.store)
         assert alive >= sum(w.free for w in self.workers.values() if self.now < w.right_until)
 
     @rule(boot=st.sampled_from(BOOTS))
