@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import msgspec
 from redis.asyncio import Redis
 
 from accounting.contract import keyspace
@@ -80,7 +81,8 @@ async def test_a_suspension_that_missed_redis_is_completed_by_a_repetition(
     answer = await api.operator("POST", suspend, headers=ONCE)
     assert answer.json["status"] == "suspended" and "Idempotent-Replayed" not in answer.headers
     packed = await redis_client.hget(keyspace.workspace_key(workspace_id), "w")
-    assert packed == b"\x94\x00\x00\x02\x00"
+    wallet = msgspec.msgpack.decode(packed, type=keyspace.Wallet)
+    assert wallet == keyspace.Wallet(0, 0, keyspace.SUSPENDED, 0)
 
 
 async def test_a_revocation_that_missed_redis_is_completed_by_a_repetition(
