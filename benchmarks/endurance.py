@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator, Sequence
 from decimal import Decimal
 
 from benchmarks import kernel
-from benchmarks.load import Ask, Load, LoadResult
+from benchmarks.load import Load, LoadResult
+from benchmarks.load_request import Ask
 from benchmarks.measures import GATEWAYS, NGINX, Meter, Observed, Plan, Scenario, Subject
 from benchmarks.scenarios import EVENT_CONTENT_BYTES, PROMPT_BYTES, target
 

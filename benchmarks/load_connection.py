@@ -17,7 +17,8 @@ import httptools
 import msgspec
 
 if TYPE_CHECKING:
-    from benchmarks.load import Ask, Load
+    from benchmarks.load import Load
+    from benchmarks.load_request import Ask
 
 TAIL_BLOCKS = 8
 CREDITS_MARK = b'"credits_used":'

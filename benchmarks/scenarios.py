@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import msgspec
 
 from benchmarks import wrk
-from benchmarks.load import Load, Target, target_for
+from benchmarks.load import Load
+from benchmarks.load_request import Target, target_for
 from benchmarks.measures import Meter, Observed, Plan, Scenario, Subject
 
 PROMPT_BYTES = 1024

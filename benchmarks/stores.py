@@ -18,7 +18,8 @@ from redis import Redis
 from accounting import funding, keys, stores, workspaces
 from accounting.contract import settings
 from accounting.keys import Limits
-from benchmarks.load import Ask, Load, target_for
+from benchmarks.load import Load
+from benchmarks.load_request import Ask, target_for
 from benchmarks.measures import OURS, Meter, Observed, Plan, Scenario, Subject
 from benchmarks.product import Product
 from benchmarks.scenarios import MARGIN_SECONDS, chat_body, target

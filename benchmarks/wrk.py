@@ -14,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.load import LoadResult, Target
+from benchmarks.load import LoadResult
 from benchmarks.load_connection import Latencies
+from benchmarks.load_request import Target
 
 EXTRA_SECONDS = 30.0
 FIGURES_MARK = "FIGURES "

@@ -39,7 +39,7 @@ DOES_IO = {"aiohttp", "asyncio", "asyncpg", "redis", "select", "selectors", "soc
 DOES_IO |= {"subprocess", "threading", "uvloop"}
 
 FUNCTION_LINES = 60
-FILE_LINES = 375
+FILE_LINES = 350
 TEST_FILE_LINES = 600
 VAGUE_NAMES = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
 # Written in two parts so that this file does not complain of itself.
@@ -278,7 +278,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (sans_io_files_know_no_socket, "proxy/sse.py", "from asyncio import Event"),
     (sans_io_files_know_no_socket, "proxy/http_answer.py", "import socket"),
     (functions_are_short, "proxy/a.py", "async def f():\n" + "    x = 1\n" * 60),
-    (files_are_short, "proxy/a.py", "x = 1\n" * 376),
+    (files_are_short, "proxy/a.py", "x = 1\n" * 351),
     (files_are_short, "tests/a.py", "x = 1\n" * 601),
     (names_say_something, "proxy/utils.py", ""),
     (names_say_something, "proxy/common/a.py", ""),

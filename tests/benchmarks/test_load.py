@@ -6,8 +6,9 @@ from decimal import Decimal
 
 import pytest
 
-from benchmarks.load import Ask, Load, Target, run_plain, run_streams, target_for
+from benchmarks.load import Load, run_plain, run_streams
 from benchmarks.load_connection import credits_in, percentiles
+from benchmarks.load_request import Ask, Target, target_for
 from benchmarks.provider import StandInProvider
 
 

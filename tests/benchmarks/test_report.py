@@ -12,8 +12,9 @@ import pytest
 from benchmarks import report, wrk
 from benchmarks.__main__ import README, RESULTS
 from benchmarks.catalogue import SCENARIOS
-from benchmarks.load import LoadResult, target_for
+from benchmarks.load import LoadResult
 from benchmarks.load_connection import Latencies
+from benchmarks.load_request import target_for
 from benchmarks.measures import Measurement, Plan, Subject
 from benchmarks.nginx import nginx_path
 from benchmarks.processes import free_port, is_answering
