@@ -23,12 +23,15 @@ class TokenUsage(Struct, frozen=True, array_like=True):
     audio_output: int = 0
 
 
-class UsageEvent(Struct, frozen=True, array_like=True):
+class UsageEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One exchange as billed. Amounts in µcr, times in µs since the epoch or µs of length.
 
     `settlement`: `exact` (the provider's figures), `estimated` (from what was relayed) or
     `void` (nothing delivered, charge 0). `outcome`: `completed`, `client_left`,
     `provider_failed` or `cut`. `overrun_ucr` is cost beyond the hold, which nobody pays.
+
+    An exchange told anew has a higher `revision`, and `replaces_ucr`, the charge told before:
+    its settle took what is charged beyond that; less is given back by accounting.
     """
 
     schema: int
@@ -54,6 +57,13 @@ class UsageEvent(Struct, frozen=True, array_like=True):
     first_byte_us: int
     request_bytes: int
     answer_bytes: int
+    revision: int = 0
+    replaces_ucr: int = 0
+
+    @property
+    def taken_ucr(self) -> int:
+        """What the settle of this event took from the balance, µcr."""
+        return max(0, self.charge_ucr - self.replaces_ucr)
 
 
 _encoder = msgspec.msgpack.Encoder()
