@@ -62,6 +62,11 @@ class AiohttpLane:
     def protocol(self) -> asyncio.Protocol:
         return self._server()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is still with it: each leaves with its one answer."""
+        return bool(self._server.connections)
+
     async def stop(self) -> None:
         await self._server.shutdown(5.0)
         if self._client is not None:

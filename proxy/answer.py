@@ -39,6 +39,10 @@ class Answer:
         self.served = b""
         self.started = False
 
+    def make_last(self) -> None:
+        """The connection closes after this answer, if its head can still say so."""
+        self._close = self._close or not self.started
+
     def plain(self, body: bytes, charge_ucr: int) -> None:
         head = replies.plain_head(
             self._request_id, len(body), charge_ucr, self.served, self.extra, self._close

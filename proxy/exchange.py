@@ -97,7 +97,7 @@ class Exchange:
         self._bill = Bill(self._request_id, record, head, model, body, self._timing)
         if record.scopes and INFERENCE not in record.scopes:
             raise ScopeMissing
-        if not services.admitting:
+        if not services.gate_open:
             raise Unavailable
         try:
             self._slot = services.journal.reserve()
@@ -288,6 +288,10 @@ class Exchange:
         self._ended = True
         self._services.exchanges.discard(self)
         self._answer.done()
+
+    def make_last(self) -> None:
+        """Its connection is to close: the answer says so, unless it has begun."""
+        self._answer.make_last()
 
     # Pace and time
 

@@ -6,6 +6,11 @@ aiohttp lane. What bytes mean is `request_reader`'s; answers are written by exch
 Theory of operation: at most one exchange is under way per connection, so answers go out in
 order. The next starts when the last has ended and the client has read enough of its answer.
 A connection that turns to another lane is handed over whole, with every byte not yet read.
+
+In a drain an answer says that its connection closes, unless more has already come in behind
+its request; an idle connection may ask once more for a while. It is closed only while nothing
+has come in, and what crosses the close is read and dropped: its sender sees an end without an
+answer, never a reset, and knows that nothing was served.
 """
 
 import asyncio
@@ -110,6 +115,8 @@ class FrontDoor(asyncio.Protocol):
             if request.failure is not None:
                 self._answer_refused(request, request.failure)
                 break
+            if self._services.draining and not self._owed:
+                request.keep_alive = False
             self._exchange = Exchange(self._services, self, request)
             self._exchange.begin()
             if was_full:
@@ -182,19 +189,39 @@ class FrontDoor(asyncio.Protocol):
             self._linger()
             return
         self._pump()
-        if self._services.draining and self.idle:
-            self.close()
 
     def cut(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
-    def close(self) -> None:
-        """Close an idle connection."""
-        self._closing = True
-        self._flush()
-        if self._transport is not None:
-            self._transport.close()
+    # The end of the worker
+
+    def drain(self) -> None:
+        """A drain begins: the answer under way is the last, or the next one will be."""
+        if self._owed:
+            return
+        if self._exchange is not None:
+            self._exchange.make_last()
+        else:
+            self._since = self._services.now()
+
+    def stop(self, failure: Failure) -> None:
+        """A drain is over: end what is under way or has begun to come in, and close."""
+        self._reader.requests.clear()
+        if self._exchange is not None:
+            self._exchange.make_last()
+            self._exchange.cut(failure)
+        elif self._reader.within and not self._closing:
+            self._reader.refuse(failure)
+            self._pump()
+        if not self._closing:
+            self._linger()
+
+    @property
+    def _owed(self) -> bool:
+        """Whether more than the exchange under way has come in, whole or in part."""
+        reader = self._reader
+        return bool(reader.requests or reader.within or reader.foreign)
 
     def _linger(self) -> None:
         """Close so that the client gets the answer even while it is still sending."""
@@ -202,14 +229,10 @@ class FrontDoor(asyncio.Protocol):
         self._closing = True
         self._lingering = True
         self._since = self._services.now()
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write_eof()
 
     # Time
-
-    @property
-    def idle(self) -> bool:
-        return self._exchange is None and not self._reader.requests
 
     def check_time(self, now: float) -> None:
         """Called about twice a second."""
@@ -231,14 +254,28 @@ class FrontDoor(asyncio.Protocol):
         elif self._reader.within == "head":
             if waited > settings.head_timeout_seconds:
                 self._time_out("The request head did not arrive in time.")
-        elif waited > settings.idle_timeout_seconds:
-            self.close()
+        elif waited > self._idle_seconds and not self._shows(select.POLLIN):
+            self._linger()
+
+    @property
+    def _idle_seconds(self) -> float:
+        """How long a connection may be idle now."""
+        settings = self._services.settings
+        if self._services.draining:
+            return min(settings.drain_idle_seconds, settings.idle_timeout_seconds)
+        return settings.idle_timeout_seconds
 
     def _client_is_gone(self) -> bool:
         """Whether the client has closed: while reading is paused the loop does not tell."""
+        return self._shows(_HUNG_UP)
+
+    def _shows(self, event: int) -> bool:
+        """What the socket has to tell that the loop has not told yet."""
         assert self._transport is not None
+        if self._transport.is_closing():
+            return True
         poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), _HUNG_UP)
+        poll.register(self._transport.get_extra_info("socket").fileno(), event)
         return bool(poll.poll(0))
 
     def _time_out(self, text: str) -> None:

@@ -39,9 +39,5 @@ class Services:
     aiohttp_lane: "AiohttpLane"
     connections: "set[FrontDoor]" = field(default_factory=set)
     exchanges: "set[Exchange]" = field(default_factory=set)
-    draining: bool = False
+    draining: bool = False  # the next answer of each connection is its last
     gate_open: bool = False  # Redis holds what the ledger says: it has its epoch
-
-    @property
-    def admitting(self) -> bool:
-        return self.gate_open and not self.draining

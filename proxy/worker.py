@@ -18,12 +18,12 @@ import msgspec
 import uvloop
 
 from accounting.contract import catalogue, keyspace
-from accounting.contract.errors import Unavailable
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Settings, load
 from proxy import recalls
 from proxy.aiohttp_lane import AiohttpLane
 from proxy.cooldown import CooldownRules
+from proxy.drain import drain
 from proxy.front_door import FrontDoor
 from proxy.journal import Journal, find_orphans
 from proxy.keys import Keys
@@ -39,7 +39,7 @@ from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux: a worker drains when its supervisor is gone
-_DRAIN_LOOK_SECONDS = 0.02
+_LOOK_SECONDS = 0.02
 _UNUSED_SECONDS = 0.1
 _GATE_OPEN_SECONDS = 1.0
 _GATE_CLOSED_SECONDS = 0.05
@@ -67,7 +67,6 @@ class Worker:
         self._boot = new_id("boot")
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._kept: dict[str, str] = {}  # journals that could not be replayed, and why
         self._refused = ""  # why Redis last refused a settle
@@ -129,7 +128,7 @@ class Worker:
         await self._pipe.start()
         await self._look_at_gate()
         services = self.services
-        self._server = await self._loop.create_server(
+        server = await self._loop.create_server(
             lambda: FrontDoor(services), sock=listener, backlog=4096
         )
         self._tasks = [
@@ -152,26 +151,15 @@ class Worker:
         gc.set_threshold(*_GC_THRESHOLDS)
         self._counters.set("tollgate_workers_ready", 1)
         await self._stopping.wait()
-        await self._stop()
+        await self._stop(listener, server)
 
-    async def _stop(self) -> None:
+    async def _stop(self, listener: socket.socket, server: asyncio.Server) -> None:
         """Accept no more, let answers finish, cut the rest, settle, give back, leave."""
-        services, settings = self.services, self._settings
-        services.draining = True
+        services = self.services
         services.leases.may_lease_ahead = False
         services.leases.give_back_all()
         self._counters.set("tollgate_workers_ready", 0)
-        assert self._server is not None
-        self._server.close()
-        for connection in list(services.connections):
-            if connection.idle:
-                connection.close()
-        await self._finished(settings.drain_timeout_seconds)
-        for exchange in list(services.exchanges):
-            exchange.cut(Unavailable("The service is restarting."))
-        for connection in list(services.connections):
-            connection.close()
-        await services.aiohttp_lane.stop()
+        await drain(services, listener, server)
         services.upstreams.close()
         settled = await self._settled()
         services.leases.release_all()
@@ -183,10 +171,16 @@ class Worker:
         services.journal.close(remove=retired)
 
     async def _settled(self) -> bool:
-        """False when Redis did not take everything in time: the journal then stays."""
+        """False when Redis did not take everything in time: the journal then stays.
+
+        What was cut while it was being admitted is in the journal, too, until it is settled.
+        """
+        services = self.services
         try:
             async with asyncio.timeout(_SETTLE_WAIT_SECONDS):
-                await self.services.settlement.drained()
+                await services.settlement.drained()
+                while services.journal.used:  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_SECONDS)
         except TimeoutError:
             return False
         return True
@@ -199,12 +193,6 @@ class Worker:
         except (RedisDown, hiredis.ReplyError):
             return False
         return True
-
-    async def _finished(self, seconds: float) -> None:
-        """Wait for the exchanges under way, at most so long."""
-        deadline = self._loop.time() + seconds
-        while self.services.exchanges and self._loop.time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
 
     # While serving
 

@@ -138,7 +138,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         float, _between(0.1, 3600, "a client that reads nothing of its answer")
     ] = 60.0
     drain_timeout_seconds: Annotated[
-        float, _between(0, 3600, "streams may go on this long after SIGTERM")
+        float, _between(0, 3600, "streams may go on this long in a worker that stops or is rolled")
+    ] = 30.0
+    drain_idle_seconds: Annotated[
+        float, _between(0, 3600, "its idle connections may ask once more for this long")
+    ] = 5.0
+    start_timeout_seconds: Annotated[
+        float, _between(0.1, 600, "a worker's successor has to get ready; else the worker stays")
     ] = 30.0
 
     connect_timeout_seconds: Annotated[

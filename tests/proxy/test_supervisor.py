@@ -70,6 +70,7 @@ class Host:
             "TOLLGATE_DATA_DIR": str(folder / "data"),
             "TOLLGATE_HEARTBEAT_SECONDS": "0.2",
             "TOLLGATE_DRAIN_TIMEOUT_SECONDS": "5",
+            "TOLLGATE_DRAIN_IDLE_SECONDS": "0.2",
             "TOLLGATE_REDIS_TIMEOUT_SECONDS": "5",
         }
         self._process: asyncio.subprocess.Process | None = None
