@@ -16,5 +16,6 @@ class Counters(Struct):
     deltas: int = 0
     expired_ucr: int = 0
     rebuilds: int = 0
+    reaped: int = 0  # worker boots whose host was taken to be lost
     owned_shards: int = 0
     lag_ms: int = 0  # from an entry's arrival on the stream to its commit, of the last batch

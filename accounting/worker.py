@@ -18,7 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from accounting import deltas, expiry, partitions, rebuild
+from accounting import deltas, expiry, partitions, reaper, rebuild
 from accounting.consumer import Consumer
 from accounting.contract.settings import Settings
 from accounting.counters import Counters
@@ -30,6 +30,8 @@ _CONSUMERS = 2  # one decodes while Postgres works for the other
 _CHORE_CONNECTIONS = 4  # a rebuild needs that many at once
 _CHORES_SECONDS = 0.5
 _PARTITIONS_SECONDS = 3600.0
+_FENCES_SECONDS = 60.0
+_BEATS_MISSED = 10  # at least, before a worker is given up
 _log = logging.getLogger("tollgate.accounting")
 
 
@@ -99,6 +101,7 @@ class Chores:
         self._states = states
         self._stopping = asyncio.Event()
         self._partitions_at = 0.0
+        self._fences_at = 0.0
         self._trouble: set[str] = set()
 
     def __repr__(self) -> str:
@@ -110,7 +113,13 @@ class Chores:
     async def run(self) -> None:
         """Go round until stopped. Raises what is neither an outage nor a known trouble."""
         while not self._stopping.is_set():
-            for chore in (self._partitions, self._rebuild, self._deltas, self._expiry):
+            for chore in (
+                self._partitions,
+                self._rebuild,
+                self._deltas,
+                self._expiry,
+                self._reap,
+            ):
                 await self._do(chore)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _CHORES_SECONDS)
@@ -149,3 +158,14 @@ class Chores:
         """What is left of grants past their time."""
         longest = self._settings.total_timeout_seconds
         self._counters.expired_ucr += await expiry.sweep(self._pool, self._redis, longest)
+
+    async def _reap(self) -> None:
+        """What workers of lost hosts still lease."""
+        settings = self._settings
+        silence = max(settings.reap_seconds, _BEATS_MISSED * settings.heartbeat_seconds)
+        for boot in await reaper.reap(self._redis, silence):
+            self._counters.reaped += 1
+            _log.error("%s was silent for %g s: what it leased is given back", boot, silence)
+        if time.monotonic() >= self._fences_at:
+            await reaper.forget_fences(self._redis)
+            self._fences_at = time.monotonic() + _FENCES_SECONDS

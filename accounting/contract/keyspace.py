@@ -8,10 +8,13 @@ arrays, read by Lua's cmsgpack and by msgspec alike.
 |---|---|---|---|
 | `{sNN}:ws:<workspace>` | hash | for good | a workspace, all of it: fields below |
 | `{sNN}:usage` | stream | trimmed once posted | usage events, one entry per settled batch |
-| `{sNN}:boots` | hash | for good, a field per live worker boot | last batch number settled |
-| `{sNN}:leases:<boot>` | set | until retired | `<workspace>|<key>` leased by that boot |
+| `{sNN}:boots` | hash | for good, a field per worker boot | last batch settled, or `fenced` |
+| `{sNN}:leases:<boot>` | set | while its boot is known | `<workspace>|<key>` leased, or `fenced` |
 | `key:<sha256>` | string | until revoked | KeyRecord |
 | `epoch` | string | for good | set when Redis has been filled from Postgres; absent: gate closed |
+| `{workers}:heard` | sorted set | a boot, until retired | last heard of, ms of the clock below |
+| `{workers}:fenced` | sorted set | a retired boot | keep its fence until: ms, Redis's time |
+| `{workers}:clock` | hash | for good | `ms`: see `silent.lua`; `at`: when it last moved |
 | `worker:<boot>` | string | heartbeat, expires | a worker lives |
 | `recall` | pub/sub channel | – | a workspace id: workers give back what they leased ahead |
 
@@ -28,6 +31,8 @@ from msgspec import Struct
 from accounting.contract.settings import SHARDS
 
 EPOCH = "epoch"
+HEARD, FENCED, CLOCK = "{workers}:heard", "{workers}:fenced", "{workers}:clock"
+FENCE = "fenced"  # in place of a batch number, or of a lease
 RECALL_CHANNEL = "recall"
 KEY_PREFIX = "inf_"
 STREAM_FIELD_BOOT, STREAM_FIELD_SEQUENCE, STREAM_FIELD_EVENTS = "b", "n", "e"

@@ -204,7 +204,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     journal_slots: Annotated[
         int, _between(64, 1_000_000, "live or unsettled exchanges per worker; then 503")
     ] = 32_768
+    journal_sync_seconds: Annotated[
+        float, _between(0.01, 3600, "between two writes of a worker's journal to the disk")
+    ] = 0.1
     heartbeat_seconds: Annotated[float, _between(0.1, 60, "a worker says that it lives")] = 2.0
+    reap_seconds: Annotated[
+        float, _between(5, 7 * DAY, "a worker is silent; then its host is taken to be lost")
+    ] = 900.0
 
     accounting_batch: Annotated[
         int, _between(1, 10_000, "stream entries posted in one transaction")

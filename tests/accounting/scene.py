@@ -116,7 +116,7 @@ class Boot:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._name = f"boot{next(_numbers)}"
+        self.name = f"boot{next(_numbers)}"
         self._settled: dict[int, int] = {}
         self._open: dict[str, list[int]] = {}
 
@@ -127,8 +127,8 @@ class Boot:
         reply = await scripts.call(
             self._redis,
             "lease",
-            [keyspace.workspace_key(tenant.id), keyspace.leases_key(tenant.shard, self._name)],
-            [self._name, tenant.key_id, tenant.id, message],
+            [keyspace.workspace_key(tenant.id), keyspace.leases_key(tenant.shard, self.name)],
+            [self.name, tenant.key_id, tenant.id, message],
         )
         assert reply[0] == 0, reply
         if reply[6] != 0:
@@ -151,7 +151,7 @@ class Boot:
             keyspace.workspace_key(tenant.id),
         ]
         body = join_events([encode_event(event) for event in events])
-        arguments = [self._name, number, msgspec.msgpack.encode([row]), body]
+        arguments = [self.name, number, msgspec.msgpack.encode([row]), body]
         reply = await scripts.call(self._redis, "settle", keys_, arguments)
         return str(reply.decode())
 

@@ -15,7 +15,8 @@ import pytest
 from redis.asyncio import Redis
 
 from accounting import audit, partitions
-from accounting.contract.keyspace import EPOCH, workspace_key
+from accounting.contract import scripts
+from accounting.contract.keyspace import CLOCK, EPOCH, FENCED, HEARD, workspace_key
 from accounting.contract.settings import Secret, Settings
 from accounting.worker import Worker
 from tests.accounting.scene import PLENTY, Boot, Tenant, pool_on
@@ -262,3 +263,20 @@ async def test_partitions_are_made_once_by_whoever_comes_first(database_url: str
         await asyncio.gather(*(ensure() for _ in range(6)))
         made = {row[0] for row in await pool.fetch(PARTITIONS)}
         assert {f"usage_records_{day:%Y%m%d}" for day in days} == made
+
+
+async def test_what_a_lost_host_leased_is_given_back(
+    database_url: str, redis_url: str, redis_client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with pool_on(database_url) as pool:
+        await redis_client.set(EPOCH, "filled")
+        tenant = await Tenant.make(pool, redis_client, 1000)
+        boot = Boot(redis_client)
+        await scripts.call(redis_client, "beat", [HEARD, FENCED, CLOCK], [boot.name])
+        assert await boot.admit(tenant, 700)
+        async with working(database_url, redis_url) as worker:
+            await eventually(lambda: redis_client.hexists(CLOCK, "ms"))
+            await redis_client.hincrby(CLOCK, "ms", 3_600_000)
+            await eventually(lambda: worker.counters.reaped == 1)
+        assert (await tenant.wallet()).held == 0
+        assert sum(boot.name in record.message for record in caplog.records) == 1

@@ -23,7 +23,6 @@ from accounting.contract.keyspace import (
     shard_of,
     stream_key,
     tag,
-    worker_key,
     workspace_key,
 )
 from accounting.contract.settings import SHARDS
@@ -88,7 +87,8 @@ def test_a_secret_is_stored_as_its_digest_only() -> None:
 
 def test_names_do_not_collide() -> None:
     names = [
-        keyspace.EPOCH, keyspace.RECALL_CHANNEL, worker_key("b"), digest_key("b"),
+        keyspace.EPOCH, keyspace.RECALL_CHANNEL, keyspace.HEARD, digest_key("b"),
+        keyspace.FENCED, keyspace.CLOCK,
         workspace_key("b"), stream_key(0), boots_key(0), leases_key(0, "b"),
     ]  # fmt: skip
     assert len(set(names)) == len(names)

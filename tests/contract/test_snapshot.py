@@ -76,7 +76,8 @@ def test_a_stream_of_another_type_is_refused(store: Store) -> None:
 
 def test_every_script_is_known_by_its_digest() -> None:
     assert set(SCRIPTS) == {
-        "ahead", "credit", "lease", "put_key", "put_workspace", "release", "settle", "snapshot",
+        "ahead", "beat", "credit", "depart", "fence", "lease", "put_key", "put_workspace",
+        "release", "retire", "settle", "silent", "snapshot",
     }  # fmt: skip
     for name, script in SCRIPTS.items():
         assert script.name == name

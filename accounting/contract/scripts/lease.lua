@@ -14,6 +14,7 @@
 --          admitted, 1 if others hold unused what a refused ask needs, requests_tat, tokens_tat}
 --         {1} workspace or key unknown here   {2} the worker's key record is stale; with a
 --         fourth part, what the worker holds less than before has still been given back
+--         error FENCED: the boot was retired, see fence.lua
 --         Arrival times count what others hold as used, not what this worker has ahead.
 -- verdicts 0 admitted; 1 key revoked or expired; 2 suspended; 3 model not allowed;
 --         4 requests/minute (wait_us); 5 tokens/minute (wait_us); 6 tokens/day (wait_us);
@@ -59,6 +60,9 @@ if asked ~= #asks then error('lease: expected a list of asks') end
 local lease_field = 'l:' .. boot .. ':' .. key_id
 local found = redis.call('HMGET', KEYS[1], 'w', 'k:' .. key_id, 'c:' .. key_id, lease_field)
 if not found[1] or not found[2] then return {1} end
+if not found[4] and redis.call('SISMEMBER', KEYS[2], 'fenced') == 1 then
+  return redis.error_reply('FENCED this boot was retired')  -- long on its way, or presumed dead
+end
 local w, k = cmsgpack.unpack(found[1]), cmsgpack.unpack(found[2])
 local stale = k[1] ~= version
 if stale and not message[4] then return {2} end

@@ -6,7 +6,8 @@
 --         tokens_released, tokens_used, slots_released, {admitted_at_us of each void}}
 --         one row per workspace and key; workspace_index counts from 1 at KEYS[3]
 -- ARGV[4] the batch's usage events, opaque
--- reply   the stream id, or '' when this batch was settled before
+-- reply   the stream id, or '' when this batch was settled before;
+--         error FENCED: the boot was retired, see fence.lua
 --
 -- Invariant: each (boot, batch number) takes effect once; charge <= credits_released; the
 -- charge leaves the balance in the same step as its event enters the stream. Everything is
@@ -48,6 +49,7 @@ end
 if #ARGV[4] == 0 then error('settle: no events') end
 
 local last = redis.call('HGET', KEYS[2], boot)
+if last == 'fenced' then return redis.error_reply('FENCED this boot was retired') end
 if last and tonumber(last) >= number then return '' end
 
 local clock = redis.call('TIME')
