@@ -1,6 +1,6 @@
 """`python -m accounting audit`: every invariant, inside the ledger and between the stores.
 
-    A1–A12  the ledger agrees with itself                          (audit_ledger.py)
+    A1–A13  the ledger agrees with itself                          (audit_ledger.py)
     R0      the gate is open: Redis has been filled
     R1      every balance in Redis is what the ledger says          (reckoning.py)
     R2      what is held is the sum of leases, and of what keys have open
@@ -24,8 +24,8 @@ from accounting.audit_ledger import Finding
 from accounting.contract import keyspace
 from accounting.contract.keyspace import KeyCounters
 from accounting.contract.settings import SHARDS
-from accounting.deltas import RESERVE
 from accounting.reckoning import Reckoning
+from accounting.reservations import RESERVE
 from accounting.usage_entries import START, Entry, StreamId
 from accounting.usage_stream import read_range
 
@@ -105,7 +105,7 @@ def _spent_drifts(reckonings: Iterable[Reckoning]) -> Iterable[Drift]:
         counters = found.snapshot.counters
         for key_id in sorted({*found.spent, *counters} - {""}):
             said = counters.get(key_id, KeyCounters()).spent_ucr
-            spent = found.spent.get(key_id, 0)
+            spent = found.spent.get(key_id, 0) - found.unapplied_spent.get(key_id, 0)
             same = said == spent
             yield None if same else f"{found.workspace_id} {key_id}: said {said}, spent {spent}"
 

@@ -73,18 +73,20 @@ INVARIANTS = [
         "select g.workspace_id || ' ' || g.id as label,"
         " g.amount_ucr <> coalesce(sum(t.amount_ucr) filter (where code in (1, 21)), 0)"
         " or g.consumed_ucr <> coalesce(sum(t.amount_ucr) filter (where code in (10, 13)), 0)"
-        " - coalesce(sum(t.amount_ucr) filter (where code = 11), 0)"
+        " - coalesce(sum(t.amount_ucr) filter (where code in (11, 14)), 0)"
         " or g.forfeited_ucr <> coalesce(sum(t.amount_ucr) filter (where code = 20), 0)"
         " or g.refunded_ucr <> coalesce(sum(t.amount_ucr) filter (where code in (30, 31)), 0)"
         " as bad from grants g left join transfers t on t.grant_id = g.id group by g.id",
     ),
     Invariant(
         "A6",
-        "usage rows explain the transfers of their journal",
+        "usage rows and their revisions explain the transfers of their journal",
         "select coalesce(u.workspace_id, j.workspace_id) || ' journal ' || journal_id as label,"
         " coalesce(u.charge, 0) <> coalesce(t.posted, 0) as bad"
-        " from (select journal_id, min(workspace_id) as workspace_id, sum(charge_ucr) as charge"
-        " from usage_records where charge_ucr > 0 group by 1) u full join (select journal_id,"
+        " from (select journal_id, min(workspace_id) as workspace_id, sum(charge) as charge from"
+        " (select journal_id, workspace_id, charge_ucr - revised_ucr as charge from usage_records"
+        " union all select journal_id, workspace_id, difference_ucr from usage_revisions) c"
+        " where charge <> 0 group by 1) u full join (select journal_id,"
         " sum(case code when 11 then -amount_ucr else amount_ucr end) as posted"
         " from transfers where code in (10, 11, 12) group by 1) t using (journal_id)"
         " left join journals j on j.id = journal_id",
@@ -118,10 +120,21 @@ INVARIANTS = [
         "A12",
         "the grants each request burned are what its journals took from them",
         "select grant_id as label, coalesce(u.burned, 0) <> coalesce(t.taken, 0) as bad"
-        " from (select b ->> 0 as grant_id, sum((b ->> 1)::bigint) as burned from usage_records,"
+        " from (select b ->> 0 as grant_id, sum((b ->> 1)::bigint) as burned from"
+        " (select burns from usage_records union all select burns from usage_revisions) r,"
         " jsonb_array_elements(burns) as b group by 1) u full join (select grant_id,"
         " sum(case code when 11 then -amount_ucr else amount_ucr end) as taken from transfers"
-        " where code in (10, 11) group by 1) t using (grant_id)",
+        " where code in (10, 11) and grant_id is not null group by 1) t using (grant_id)",
+    ),
+    Invariant(
+        "A13",
+        "what was revised of each request is the sum of its revisions",
+        "select coalesce(u.workspace_id, r.workspace_id) || ' ' || request_id as label,"
+        " coalesce(u.revised_ucr, 0) <> coalesce(r.difference, 0) as bad"
+        " from (select day, request_id, workspace_id, revised_ucr from usage_records"
+        " where revised_ucr <> 0) u full join (select day, request_id,"
+        " min(workspace_id) as workspace_id, sum(difference_ucr) as difference"
+        " from usage_revisions group by 1, 2) r using (day, request_id)",
     ),
 ]
 

@@ -5,6 +5,7 @@ applies each once and in order, so sending one again is harmless and sending one
 answered with what is missing.
 """
 
+import logging
 from collections import defaultdict
 from typing import Any
 
@@ -12,10 +13,13 @@ import msgspec
 from redis.asyncio import Redis
 
 from accounting.contract import keyspace, scripts
+from accounting.reservations import RESERVE
+from accounting.stores import OUTAGES
 
-RESERVE = "expiry"  # stands for a worker boot in the lease that reserves expiring credits
 _PAGE = 1000
+_COLUMNS = "workspace_id, delta_id, amount_ucr, releases, key_id, spent_ucr"
 _GAP, _UNKNOWN = -1, -2  # credit.lua's replies; 1 applied, 0 applied before
+_log = logging.getLogger("tollgate.accounting")
 _wallet_decoder = msgspec.msgpack.Decoder(keyspace.Wallet)
 
 
@@ -24,11 +28,19 @@ class WalletLostError(Exception):
 
 
 async def record(
-    connection: Any, workspace_id: str, amount_ucr: int, journal_id: int, releases: str | None
+    connection: Any,
+    workspace_id: str,
+    amount_ucr: int,
+    journal_id: int,
+    releases: str | None = None,
+    *,
+    key_id: str | None = None,
+    spent_ucr: int = 0,
 ) -> int:
     """Number and write a delta, the wallet being locked; its id.
 
-    `releases` names a grant whose reserved credits are let go in the step that applies it.
+    `releases` names a reservation (`reservations.py`) that ends in the step that applies the
+    delta; `spent_ucr` is by how much the key `key_id` has spent more, or less.
     """
     delta_id = await connection.fetchval(
         "update wallets set last_delta = last_delta + 1 where workspace_id = $1"
@@ -36,13 +48,15 @@ async def record(
         workspace_id,
     )
     await connection.execute(
-        "insert into redis_deltas (workspace_id, delta_id, amount_ucr, journal_id, releases)"
-        " values ($1, $2, $3, $4, $5)",
+        "insert into redis_deltas (workspace_id, delta_id, amount_ucr, journal_id, releases,"
+        " key_id, spent_ucr) values ($1, $2, $3, $4, $5, $6, $7)",
         workspace_id,
         delta_id,
         amount_ucr,
         journal_id,
         releases,
+        key_id,
+        spent_ucr,
     )
     return int(delta_id)
 
@@ -53,7 +67,7 @@ async def apply_pending(pool: Any, redis: Redis, workspace_id: str | None = None
     Returns how many deltas took effect. Raises WalletLostError, and the drivers' errors.
     """
     rows = await pool.fetch(
-        "select workspace_id, delta_id, amount_ucr, releases from redis_deltas"
+        f"select {_COLUMNS} from redis_deltas"  # noqa: S608
         " where applied_at is null and ($1::text is null or workspace_id = $1)"
         " order by workspace_id, delta_id limit $2",
         workspace_id,
@@ -72,6 +86,18 @@ async def apply_pending(pool: Any, redis: Redis, workspace_id: str | None = None
     if lost:
         raise lost
     return applied
+
+
+async def reached(pool: Any, redis: Redis, workspace_id: str) -> bool:
+    """Bring Redis up to the ledger now, if it can be; whether it is. Raises asyncpg's errors."""
+    try:
+        await apply_pending(pool, redis, workspace_id)
+    except (*OUTAGES, WalletLostError) as error:
+        _log.warning("credits of %s will reach Redis later: %s", workspace_id, type(error).__name__)
+    return not await pool.fetchval(
+        "select exists (select from redis_deltas where workspace_id = $1 and applied_at is null)",
+        workspace_id,
+    )
 
 
 async def _apply(pool: Any, redis: Redis, workspace_id: str, pending: list[Any]) -> int:
@@ -98,6 +124,8 @@ async def _send(redis: Redis, workspace_id: str, row: Any) -> tuple[int, int]:
     """Apply one delta; with it, in one step, the end of the reservation it accounts for."""
     key = keyspace.workspace_key(workspace_id)
     arguments = [row["delta_id"], row["amount_ucr"]]
+    if row["spent_ucr"]:
+        arguments += [row["key_id"], row["spent_ucr"]]
     if row["releases"] is None:
         status, last = await scripts.call(redis, "credit", [key], arguments)
         return status, last
@@ -120,7 +148,7 @@ async def _send(redis: Redis, workspace_id: str, row: Any) -> tuple[int, int]:
 async def _after(pool: Any, workspace_id: str, delta_id: int) -> list[Any]:
     return list(
         await pool.fetch(
-            "select delta_id, amount_ucr, releases from redis_deltas"
+            f"select {_COLUMNS} from redis_deltas"  # noqa: S608
             " where workspace_id = $1 and delta_id > $2 order by delta_id",
             workspace_id,
             delta_id,

@@ -5,8 +5,8 @@ charges on the stream that are not posted, and, until no exchange from before ca
 more, all that is held. The rest is forfeited at once, the remainder on a later sweep.
 
 Theory of operation. Credits are taken from Redis before the ledger gives them up: a script
-moves what is free of them into a reservation (a lease of a worker boot called `expiry`), so
-nothing admitted afterwards can count on them. Then the ledger posts exactly what was reserved,
+moves what is free of them into a reservation (`reservations.py`), so nothing admitted
+afterwards can count on them. Then the ledger posts exactly what was reserved,
 and the step that applies the delta ends the reservation. Whatever fails in between, the next
 sweep sets the reservation to what it should be, until one finds nothing left and marks the
 grant as swept. So no wallet goes below zero, and no reservation outlives its grant.
@@ -18,32 +18,15 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from accounting import deltas, grants, ledger, reckoning, usage_entries, usage_records
+from accounting import deltas, ledger, outbox, reckoning, usage_entries, usage_records
 from accounting.contract import keyspace
-from accounting.deltas import RESERVE
 from accounting.ledger import BREAKAGE, EXPIRY, Journal, Transfer, wallet_account
+from accounting.outbox import Told
+from accounting.reservations import RESERVE, reserve
 from accounting.usage_stream import read_range
 
 _SWEPT_AT_ONCE = 1000
 _BACKLOG_PAGES = 20  # more than that is waited for, rather than read with the wallet locked
-
-_RESERVE = """
--- reserve: set a reservation to so much, or to what is free if that is less.
--- KEYS[1] {sNN}:ws:<workspace>  ARGV[1] field of the reservation  ARGV[2] µcr wanted
--- reply   µcr reserved now, or -1 when the wallet is unknown
--- Invariant: held <= balance before implies held <= balance after.
-local found = redis.call('HMGET', KEYS[1], 'w', ARGV[1])
-local wanted = tonumber(ARGV[2])
-if not wanted or wanted < 0 or wanted ~= math.floor(wanted) then error('reserve: µcr?') end
-if not found[1] then return -1 end
-local w = cmsgpack.unpack(found[1])
-local l = found[2] and cmsgpack.unpack(found[2]) or {0, 0, 0}
-local taken = math.max(0, math.min(wanted, w[1] - w[2] + l[1]))
-w[2] = w[2] - l[1] + taken
-redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w), ARGV[1], cmsgpack.pack({taken, 0, 0}))
-if taken == 0 then redis.call('HDEL', KEYS[1], ARGV[1]) end
-return taken
-"""
 
 
 async def sweep(pool: Any, redis: Redis, longest_exchange_seconds: float) -> int:
@@ -100,8 +83,7 @@ async def _forfeit(
     if needed is None:
         return 0
     spare = max(0, grant["remaining_ucr"] - needed)
-    key, field = keyspace.workspace_key(workspace_id), f"l:{RESERVE}:{grant_id}"
-    amount = int(await redis.eval(_RESERVE, 1, key, field, spare))
+    amount = await reserve(redis, workspace_id, grant_id, spare)
     if amount > 0:
         await _post(connection, workspace_id, grant_id, grant, amount)
     elif amount == 0 and not grant["remaining_ucr"]:
@@ -148,7 +130,7 @@ async def _unposted(
         page = await read_range(redis, shard, after, snapshot.position)
         for entry in page:
             charges += sum(
-                one.event.charge_ucr
+                one.event.taken_ucr
                 for one in usage_entries.read(entry, today)[0]
                 if one.event.workspace_id == workspace_id and one.started_at < before
             )
@@ -176,4 +158,5 @@ async def _post(
     )
     await ledger.post(connection, [journal])
     await deltas.record(connection, workspace_id, -amount_ucr, journal_id, grant_id)
-    await grants.announce(connection, "grant.expired", workspace_id, journal_id, grant_id)
+    told = Told(workspace_id, journal_id, "grant.expired", {"grant_id": grant_id})
+    await outbox.tell(connection, [told])

@@ -3,7 +3,6 @@
 What a grant is and how it is posted is `grants.py`'s part, the way to Redis `deltas.py`'s.
 """
 
-import logging
 from datetime import datetime
 
 import asyncpg
@@ -14,10 +13,9 @@ from accounting import deltas, grants, workspaces
 from accounting.contract.errors import Conflict, NotFound
 from accounting.contract.money import UCR_PER_USD
 from accounting.grants import Grant, GrantError, UnknownWorkspaceError
-from accounting.stores import OUTAGES, guarded
+from accounting.stores import guarded
 
 LARGEST_UCR = 1_000_000 * UCR_PER_USD  # of one grant
-_log = logging.getLogger("tollgate.accounting")
 
 
 class Given(Struct, frozen=True):
@@ -53,18 +51,4 @@ async def give(
         raise NotFound("There is no such workspace.") from None
     except GrantError as error:
         raise Conflict(f"The grant cannot be made: {error}.") from None
-    try:
-        await deltas.apply_pending(pool, redis, workspace_id)
-    except (*OUTAGES, deltas.WalletLostError) as error:
-        _log.warning("grant %s will reach Redis later: %s", grant.id, type(error).__name__)
-    return Given(grant, not await _pending(pool, workspace_id))
-
-
-async def _pending(pool: asyncpg.Pool, workspace_id: str) -> bool:
-    return bool(
-        await pool.fetchval(
-            "select exists (select from redis_deltas"
-            " where workspace_id = $1 and applied_at is null)",
-            workspace_id,
-        )
-    )
+    return Given(grant, await deltas.reached(pool, redis, workspace_id))

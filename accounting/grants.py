@@ -10,13 +10,13 @@ from collections import defaultdict
 from datetime import datetime
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
-from accounting import deltas, ledger
+from accounting import deltas, ledger, outbox
 from accounting.contract.identifiers import new_id
 from accounting.contract.money import MAX_UCR
 from accounting.ledger import FUND, RECEIVABLE, REPAID, Journal, Transfer, wallet_account
+from accounting.outbox import Told
 from accounting.postings import PRIORITIES, LiveGrant
 
 FUNDED_BY = {  # whose account pays, unless the caller says otherwise
@@ -156,19 +156,9 @@ async def _post(connection: Any, grant: Grant, owed_ucr: int, funded_by: str) ->
     )
     await ledger.post(connection, [journal])
     await deltas.record(connection, grant.workspace_id, grant.amount_ucr, journal_id, None)
-    await announce(connection, "grant.issued", grant.workspace_id, journal_id, grant.id)
-
-
-async def announce(
-    connection: Any, type_: str, workspace_id: str, journal_id: int | None, grant_id: str
-) -> None:
-    """Tell of a grant through the outbox."""
-    await connection.execute(
-        "insert into outbox (workspace_id, journal_id, type, body) values ($1, $2, $3, $4::jsonb)",
-        workspace_id,
-        journal_id,
-        type_,
-        msgspec.json.encode({"grant_id": grant_id}).decode(),
+    await outbox.tell(
+        connection,
+        [Told(grant.workspace_id, journal_id, "grant.issued", {"grant_id": grant.id})],
     )
 
 

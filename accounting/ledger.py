@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
-FUND, USAGE, USAGE_REVERSED, BEYOND_WALLET, REPAID, EXPIRY = 1, 10, 11, 12, 13, 20
+FUND, USAGE, USAGE_REVERSED, BEYOND_WALLET, REPAID, REPAYMENT_UNDONE = 1, 10, 11, 12, 13, 14
+EXPIRY, RESTORE, REFUND, CLAWBACK = 20, 21, 30, 31
 
 REVENUE, BREAKAGE, RECEIVABLE = "usage_revenue", "breakage", "receivable"
 HOUSE = frozenset(

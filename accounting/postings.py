@@ -5,10 +5,11 @@ one that expires first, then the oldest. A charge may use the grants that had no
 its exchange was admitted. What those cannot cover is taken from expired grants that have not
 been forfeited yet (Redis counts them as balance until then); what is left after that becomes a
 receivable. So wallets never go below zero, and every charge is explained to the micro-credit.
+What is charged no more goes back the way it came, the last that was taken first.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -91,6 +92,38 @@ def _burn(charge: Charge, ordered: list[LiveGrant], remaining: dict[str, int]) -
                     remaining[grant.id] -= amount
                     rest -= amount
     return taken, rest
+
+
+def net(burns: Iterable[tuple[str, int]]) -> Burns:
+    """What is still burned after some of it was given back (below zero), in the order burned."""
+    kept: list[list[Any]] = []
+    for grant_id, amount in burns:
+        if amount > 0:
+            kept.append([grant_id, amount])
+            continue
+        back = -amount
+        for one in reversed(kept):
+            if one[0] == grant_id:
+                taken = min(back, one[1])
+                one[1] -= taken
+                back -= taken
+    return [(grant_id, amount) for grant_id, amount in kept if amount]
+
+
+def give_back(amount_ucr: int, charge_ucr: int, burned: Burns) -> tuple[int, Burns]:
+    """Undo part of a charge: µcr of what was beyond the wallet, then of its grants backwards.
+
+    `burned` is what paid for the charge by now, in order; the amount is at most the charge.
+    """
+    beyond = min(amount_ucr, charge_ucr - sum(amount for _grant_id, amount in burned))
+    rest = amount_ucr - beyond
+    back: Burns = []
+    for grant_id, amount in reversed(burned):
+        given = min(rest, amount)
+        if given:
+            back.append((grant_id, given))
+            rest -= given
+    return beyond, back
 
 
 def _transfers(ordered: list[LiveGrant], burned: dict[str, int], short_ucr: int) -> list[Transfer]:

@@ -65,7 +65,8 @@ class Reckoning(Struct):
     unapplied_ucr: int
     backlog_ucr: int
     quarantined_ucr: int
-    spent: dict[str, int]  # by key id
+    spent: dict[str, int]  # by key id, once every delta known to the ledger has been applied
+    unapplied_spent: dict[str, int]  # of that, what those deltas have yet to add
 
     @property
     def expected_ucr(self) -> int:
@@ -133,7 +134,7 @@ async def _reckon(
     ledger = await _ledger(connection, workspace_ids)
     last_deltas = await _last_deltas(connection, workspace_ids)
     found = dict(zip(workspace_ids, await snapshots(redis, workspace_ids), strict=True))
-    unapplied = await _unapplied(connection, found, last_deltas)
+    unapplied, unapplied_spent = await _unapplied(connection, found, last_deltas)
     backlog = await _backlog(pool, connection, redis, shard, watermark, found)
     quarantined = await _quarantined(connection, workspace_ids)
     spent = await _spent(connection, workspace_ids)
@@ -143,10 +144,11 @@ async def _reckon(
             snapshot=snapshot,
             ledger_ucr=ledger.get(workspace_id, 0),
             last_delta=last_deltas.get(workspace_id, 0),
-            unapplied_ucr=unapplied.get(workspace_id, 0),
+            unapplied_ucr=unapplied[workspace_id].total(),
             backlog_ucr=backlog[workspace_id].total(),
             quarantined_ucr=quarantined[workspace_id].total(),
-            spent=dict(spent[workspace_id] + backlog[workspace_id] + quarantined[workspace_id]),
+            spent=_sum(spent[workspace_id], backlog[workspace_id], quarantined[workspace_id]),
+            unapplied_spent=dict(unapplied_spent[workspace_id]),
         )
         for workspace_id, snapshot in found.items()
     ]
@@ -171,21 +173,22 @@ async def _last_deltas(connection: Any, workspace_ids: list[str]) -> dict[str, i
 
 async def _unapplied(
     connection: Any, found: dict[str, Snapshot], last_deltas: dict[str, int]
-) -> dict[str, int]:
-    """Deltas in the ledger that Redis had not applied when it was read."""
+) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
+    """What deltas that Redis had not applied when it was read add, by key: µcr, and spend."""
     applied = {}
     for workspace_id, snapshot in found.items():
         applied[workspace_id] = snapshot.wallet.last_delta if snapshot.wallet else 0
         if applied[workspace_id] > last_deltas.get(workspace_id, 0):
             raise _MovedError  # applied one that is newer than what we see of the ledger
     rows = await connection.fetch(
-        "select d.workspace_id, sum(d.amount_ucr)::bigint from redis_deltas d"
+        "select d.workspace_id, d.key_id, sum(d.amount_ucr)::bigint as charge,"
+        " sum(d.spent_ucr)::bigint as spent from redis_deltas d"
         " join unnest($1::text[], $2::bigint[]) as x(workspace_id, applied)"
-        " on d.workspace_id = x.workspace_id and d.delta_id > x.applied group by 1",
+        " on d.workspace_id = x.workspace_id and d.delta_id > x.applied group by 1, 2",
         list(applied),
         list(applied.values()),
     )
-    return dict(rows)
+    return _by_key(rows), _by_key(rows, "spent")
 
 
 async def _backlog(
@@ -232,8 +235,8 @@ async def _charges(
     known = await usage_records.known(connection, [one for _position, one in billed])
     for position, one in billed:
         event = one.event
-        if event.request_id not in known:
-            found.append((position, event.workspace_id, event.key_id, event.charge_ucr))
+        if event.revision > known.get(event.request_id, -1):
+            found.append((position, event.workspace_id, event.key_id, event.taken_ucr))
     return found
 
 
@@ -256,8 +259,16 @@ async def _spent(connection: Any, workspace_ids: list[str]) -> dict[str, Counter
     return _by_key(rows)
 
 
-def _by_key(rows: list[Any]) -> dict[str, Counter[str]]:
+def _by_key(rows: list[Any], column: str = "charge") -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        found[row["workspace_id"]][row["key_id"] or ""] += row["charge"]
+        found[row["workspace_id"]][row["key_id"] or ""] += row[column]
     return found
+
+
+def _sum(*counters: Counter[str]) -> dict[str, int]:
+    """Key by key, also where a sum is below zero, which adding counters would drop."""
+    total: Counter[str] = Counter()
+    for one in counters:
+        total.update(one)
+    return dict(total)

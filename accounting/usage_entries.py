@@ -5,7 +5,7 @@ charge has already left the balance in Redis; trying it again would not make it 
 """
 
 from datetime import UTC, date, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -21,10 +21,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 _CLOCKS_AGREE_US = 3_600_000_000  # an id is made when its exchange starts
 _MOST_TOKENS = 2**31 - 1
+_MOST_REVISIONS = 2**15 - 1
 _LONGEST_NAME = 512
 _LONGEST_REASON = 500
 _EVENTS = STREAM_FIELD_EVENTS.encode()
-_loose_decoder = msgspec.msgpack.Decoder(UsageEvent)
 
 
 class StreamId(NamedTuple):
@@ -121,9 +121,29 @@ def condemned(entry: Entry, reason: str) -> list[Defect]:
 
 def homeless(billed: Billed) -> Defect:
     """An event whose workspace does not exist."""
+    return refused(billed, "unknown workspace")
+
+
+def refused(billed: Billed, reason: str) -> Defect:
+    """An event that is well-formed, and cannot be posted all the same."""
     entry = Entry(billed.shard, stream_id(billed.stream_id.encode()), None)
     body = msgspec.msgpack.encode(billed.event)
-    return _defect(entry, billed.position, "unknown workspace", body)
+    return _defect(entry, billed.position, reason, body)
+
+
+def as_told_before(billed: Billed) -> Billed:
+    """The exchange as its event says that it was told before; a first telling as it is."""
+    event = billed.event
+    if not event.revision:
+        return billed
+    before = msgspec.structs.replace(
+        event,
+        charge_ucr=event.replaces_ucr,
+        hold_ucr=max(event.hold_ucr, event.replaces_ucr),
+        revision=event.revision - 1,
+        replaces_ucr=0,
+    )
+    return billed._replace(event=before)
 
 
 def _day(made_at_ms: int) -> date:
@@ -140,6 +160,10 @@ def _judge(event: UsageEvent, made_at_ms: int, today: date) -> None:
         raise ValueError("its start disagrees with its request id")
     if event.charge_ucr > MAX_UCR or not 0 <= event.overrun_ucr <= MAX_UCR:
         raise ValueError("an amount is out of range")
+    if not 0 <= event.revision <= _MOST_REVISIONS or not 0 <= event.replaces_ucr <= MAX_UCR:
+        raise ValueError("its revision is out of range")
+    if event.replaces_ucr and not event.revision:
+        raise ValueError("it replaces a charge, but is the first of its exchange")
     if event.hold_ucr > MAX_UCR or not 0 <= event.status <= 999:
         raise ValueError("a figure is out of range")
     tokens = msgspec.structs.astuple(event.tokens)
@@ -156,23 +180,34 @@ def _judge(event: UsageEvent, made_at_ms: int, today: date) -> None:
 
 
 def _defect(entry: Entry, position: int, reason: str, body: bytes) -> Defect:
-    """With whose it is and what it took from the balance, where that can be read."""
+    """With whose it is and what it took from the balance, as far as that can be read."""
     defect = Defect(
         entry.shard, str(entry.id), position, _printable(reason)[:_LONGEST_REASON], body
     )
-    if position == WHOLE_ENTRY:
-        return defect
     try:
-        event = _loose_decoder.decode(body)
-    except msgspec.DecodeError:
+        fields = msgspec.msgpack.decode(body, type=list[Any])
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return defect
+    said = dict(zip(UsageEvent.__struct_fields__, fields, strict=False))
     return msgspec.structs.replace(
         defect,
-        workspace_id=_printable(event.workspace_id)[:_LONGEST_NAME],
-        key_id=_printable(event.key_id)[:_LONGEST_NAME],
-        request_id=_printable(event.request_id)[:_LONGEST_NAME],
-        charge_ucr=event.charge_ucr if abs(event.charge_ucr) <= MAX_UCR else None,
+        workspace_id=_name(said.get("workspace_id")),
+        key_id=_name(said.get("key_id")),
+        request_id=_name(said.get("request_id")),
+        charge_ucr=_taken(said.get("charge_ucr"), said.get("replaces_ucr")),
     )
+
+
+def _name(said: Any) -> str | None:
+    return _printable(said)[:_LONGEST_NAME] if isinstance(said, str) else None
+
+
+def _taken(charge: Any, replaces: Any) -> int | None:
+    """What a settle can have taken: whole, not negative, and of a size that a balance has."""
+    if type(charge) is not int or not 0 <= charge <= MAX_UCR:
+        return None
+    known = type(replaces) is int and 0 <= replaces <= MAX_UCR
+    return max(0, charge - replaces) if known else charge
 
 
 def _printable(text: str) -> str:

@@ -7,6 +7,8 @@ All of it commits or none; whether to acknowledge, retry or give up is `consumer
 Theory of operation. Every event is first taken to be new, which nearly all are. The insert
 then counts how many really were; if some had been recorded before, the transaction is rolled
 back and repeated without them. So nothing is ever planned for a row that is not written.
+An exchange told anew is posted as what it was told before, if that is not recorded, and then
+revised in the order of its revisions (`revisions.py`).
 """
 
 from collections import defaultdict
@@ -14,11 +16,19 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
-import msgspec
-
-from accounting import grants, ledger, partitions, postings, quarantine, usage_entries
+from accounting import (
+    grants,
+    ledger,
+    outbox,
+    partitions,
+    postings,
+    quarantine,
+    revisions,
+    usage_entries,
+)
 from accounting import usage_records as records
 from accounting.ledger import Journal
+from accounting.outbox import Told
 from accounting.postings import Charge, Posting
 from accounting.usage_entries import Billed, Defect, Entry, StreamId
 from accounting.usage_records import Record
@@ -30,6 +40,7 @@ class Posted(NamedTuple):
     """What became of a batch's events."""
 
     new: int = 0
+    revised: int = 0
     duplicates: int = 0
     quarantined: int = 0
 
@@ -57,13 +68,18 @@ async def post(
     positions: dict[int, StreamId] = {}
     for entry in entries:
         positions[entry.shard] = max(entry.id, positions.get(entry.shard, usage_entries.START))
-    fresh = list({one.event.request_id: one for one in reversed(billed)}.values())
+    again = sorted(
+        (one for one in billed if one.event.revision), key=lambda one: one.event.revision
+    )
+    first = sorted(billed, key=lambda one: one.event.revision) if again else billed
+    fresh = list({one.event.request_id: one for one in reversed(first)}.values())
     await partitions.ensure(connection, {one.day for one in fresh})
     for _ in range(_TRIES):
         try:
             async with connection.transaction():
-                posted = await _post(connection, fresh, defects, positions)
-            return posted._replace(duplicates=len(billed) - len(fresh))
+                posted = await _post(connection, fresh, again, defects, positions)
+            counted = posted.revised + sum(not one.event.revision for one in fresh)
+            return posted._replace(duplicates=max(0, len(billed) - counted))
         except _SomeAreRecordedError:
             known = await records.known(connection, fresh)
             fresh = [one for one in fresh if one.event.request_id not in known]
@@ -86,11 +102,18 @@ def _read(
 
 
 async def _post(
-    connection: Any, fresh: list[Billed], defects: list[Defect], positions: dict[int, StreamId]
+    connection: Any,
+    fresh: list[Billed],
+    again: list[Billed],
+    defects: list[Defect],
+    positions: dict[int, StreamId],
 ) -> Posted:
-    homes = await ledger.lock_wallets(connection, [one.event.workspace_id for one in fresh])
+    touched = [one.event.workspace_id for one in (*fresh, *again)]
+    homes = await ledger.lock_wallets(connection, touched)
     lost = [usage_entries.homeless(one) for one in fresh if one.event.workspace_id not in homes]
     housed = [one for one in fresh if one.event.workspace_id in homes] if lost else fresh
+    if again:
+        housed = [usage_entries.as_told_before(one) for one in housed]
     planned = await _plan(connection, housed)
     if housed and await records.insert(connection, _records(housed, planned)) != len(housed):
         raise _SomeAreRecordedError
@@ -100,7 +123,10 @@ async def _post(
     await records.advance(connection, positions)
     if planned:
         await _write(connection, planned)
-    return Posted(new=len(housed), quarantined=quarantined)
+    revised = 0
+    for one in again:
+        revised += await revisions.revise_from_stream(connection, one)
+    return Posted(new=len(housed), revised=revised, quarantined=quarantined)
 
 
 async def _plan(connection: Any, fresh: list[Billed]) -> dict[str, _Planned]:
@@ -142,28 +168,16 @@ def _records(fresh: list[Billed], planned: dict[str, _Planned]) -> Iterable[Reco
 async def _write(connection: Any, planned: dict[str, _Planned]) -> None:
     """What the usage does to grants and accounts, and what is to be told of it."""
     burned: dict[str, int] = {}
-    told: list[tuple[str, int, str, dict[str, Any]]] = []
+    told: list[Told] = []
     for workspace_id, (journal, posting) in planned.items():
         burned |= posting.burned
         for grant_id in posting.exhausted:
-            told.append((workspace_id, journal.id, "grant.exhausted", {"grant_id": grant_id}))
+            told.append(Told(workspace_id, journal.id, "grant.exhausted", {"grant_id": grant_id}))
         if posting.short_ucr:
             short = {"short_ucr": posting.short_ucr}
-            told.append((workspace_id, journal.id, "wallet.overdrawn", short))
+            told.append(Told(workspace_id, journal.id, "wallet.overdrawn", short))
     if burned:
         await grants.burn(connection, burned)
     await ledger.post(connection, [journal for journal, _posting in planned.values()])
     if told:
-        await _tell(connection, told)
-
-
-async def _tell(connection: Any, told: list[tuple[str, int, str, dict[str, Any]]]) -> None:
-    workspaces, journals, types, bodies = zip(*told, strict=True)
-    await connection.execute(
-        "insert into outbox (workspace_id, journal_id, type, body)"
-        " select * from unnest($1::text[], $2::bigint[], $3::text[], $4::jsonb[])",
-        workspaces,
-        journals,
-        types,
-        [msgspec.json.encode(body).decode() for body in bodies],
-    )
+        await outbox.tell(connection, told)

@@ -43,6 +43,7 @@ _TYPES = {
     "first_byte_us": "bigint",
     "request_bytes": "bigint",
     "answer_bytes": "bigint",
+    "revision": "smallint",
     "burns": "jsonb",
     "journal_id": "bigint",
     "stream_id": "text",
@@ -98,6 +99,7 @@ def _row(record: Record) -> tuple[Any, ...]:
         event.first_byte_us,
         event.request_bytes,
         event.answer_bytes,
+        event.revision,
         None if burns is None else msgspec.json.encode(burns).decode(),
         record.journal_id,
         stream_id,
@@ -110,16 +112,16 @@ async def insert(connection: Any, records: Iterable[Record]) -> int:
     return int(await connection.fetchval(_INSERT, *columns))
 
 
-async def known(connection: Any, billed: Sequence[Billed]) -> set[str]:
-    """Which of these request ids are recorded already."""
+async def known(connection: Any, billed: Sequence[Billed]) -> dict[str, int]:
+    """Which of these request ids are recorded already, and as which revision."""
     rows = await connection.fetch(
-        "select u.request_id from usage_records u"
+        "select u.request_id, u.revision from usage_records u"
         " join unnest($1::date[], $2::text[]) as x(day, request_id)"
         " on u.day = x.day and u.request_id = x.request_id",
         [one.day for one in billed],
         [one.event.request_id for one in billed],
     )
-    return {row[0] for row in rows}
+    return dict(rows)
 
 
 async def advance(connection: Any, positions: dict[int, StreamId]) -> None:

@@ -104,6 +104,12 @@ class Tenant:
         assert isinstance(packed, bytes)
         return msgspec.msgpack.decode(packed, type=keyspace.Wallet)
 
+    async def spent(self) -> int:
+        """What the key counts as spent."""
+        packed = await self.redis.hget(keyspace.workspace_key(self.id), f"c:{self.key_id}")
+        assert isinstance(packed, bytes)
+        return msgspec.msgpack.decode(packed, type=keyspace.KeyCounters).spent_ucr
+
     async def grants(self) -> dict[str, Grant]:
         return {grant.id: grant for grant in await grants.list_all(self.pool, self.id)}
 
@@ -140,11 +146,20 @@ class Boot:
         """Settle admitted exchanges of one tenant in one batch; the stream id."""
         mine = self._open[tenant.key_id]
         held = sum(event.hold_ucr for event in events)
-        charged = sum(event.charge_ucr for event in events)
         count = len(events)
         mine[0], mine[1], mine[2] = mine[0] - held, mine[1] - 100 * count, mine[2] - count
-        number = self._settled[tenant.shard] = self._settled.get(tenant.shard, 0) + 1
+        charged = sum(event.taken_ucr for event in events)
         row = [1, tenant.key_id, held, charged, 100 * count, 20 * count, count, []]
+        return await self._settle(tenant, row, events)
+
+    async def tell_again(self, tenant: Tenant, event: UsageEvent) -> UsageEvent:
+        """Settle an exchange anew, whose hold is given back already."""
+        row = [1, tenant.key_id, event.taken_ucr, event.taken_ucr, 0, 0, 0, []]
+        await self._settle(tenant, row, (event,))
+        return event
+
+    async def _settle(self, tenant: Tenant, row: list[Any], events: tuple[UsageEvent, ...]) -> str:
+        number = self._settled[tenant.shard] = self._settled.get(tenant.shard, 0) + 1
         keys_ = [
             keyspace.stream_key(tenant.shard),
             keyspace.boots_key(tenant.shard),

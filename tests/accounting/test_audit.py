@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from accounting import audit, expiry, usage_posting
+from accounting import audit, expiry, reversals, usage_posting
 from accounting.audit import as_json, as_text
 from accounting.audit_ledger import INVARIANTS, Finding
 from accounting.consumer import Consumer
@@ -57,8 +57,11 @@ async def seeded(database_url: str, redis: Redis) -> AsyncIterator[Tenant]:
         await tenant.give("promo", 30, datetime.now(UTC) - timedelta(hours=1))
         boot = Boot(redis)
         for charge in (60, 0, 7):
-            await boot.serve(tenant, charge)
+            event = await boot.serve(tenant, charge)
         await post_everything(pool, redis, tenant.shard)
+        event = await boot.serve(tenant, 21)
+        await post_everything(pool, redis, tenant.shard)
+        await reversals.reverse(pool, redis, event.request_id, 6, source_ref="op_seed")
         await expiry.sweep(pool, redis, LONGEST)
         await redis.xadd(stream_key(tenant.shard), {"e": b"garbage"})
         await post_everything(pool, redis, tenant.shard)
@@ -76,15 +79,16 @@ async def test_a_sound_system_is_clean(database_url: str, redis_client: Redis) -
             "A3": 3,
             "A4": 3,
             "A5": 3,
-            "A6": 1,
+            "A6": 3,
             "A7": 1,
             "A10": 1,
-            "A11": 4,
+            "A11": 5,
             "A12": 2,
+            "A13": 1,
             "R0": 1,
             "R1": 1,
             "R2": 1,
-            "R3": 4,
+            "R3": 5,
             "R6": 1,
         }
         assert [finding for finding in findings if finding.drifted] == []
@@ -119,6 +123,7 @@ LEDGER_FAULTS = {
         "update usage_records set charge_ucr = charge_ucr + 1 where charge_ucr = 7",
         {"A6", "A10"},
     ),
+    "a lost revision": ("delete from usage_revisions", {"A6", "A12", "A13"}),
     "wrong sources": (
         "update usage_records set burns = '[[\"grant_x\", 7]]' where charge_ucr = 7",
         {"A12"},

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from accounting import audit, deltas, expiry, usage_posting
 from accounting.contract.identifiers import ulid
 from accounting.contract.keyspace import EPOCH, stream_key, workspace_key
-from accounting.deltas import RESERVE
+from accounting.reservations import RESERVE
 from accounting.usage_entries import START, StreamId
 from accounting.usage_stream import read_range
 from tests.accounting.scene import Boot, Tenant, pool_on

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accounting.ledger import BEYOND_WALLET, USAGE, Transfer
-from accounting.postings import PRIORITIES, Charge, LiveGrant, plan
+from accounting.postings import PRIORITIES, Charge, LiveGrant, give_back, net, plan
 
 KINDS = list(PRIORITIES)
 
@@ -138,3 +138,29 @@ def test_the_transfers_of_a_batch() -> None:
         Transfer("receivable", "usage_revenue", 3, None, BEYOND_WALLET),
     ]
     assert posting.burns == {"one": [("a", 4)], "two": [("a", 1), ("b", 2)]}
+
+
+burned_of_a_charge = st.lists(
+    st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 9)), max_size=5
+)
+
+
+@given(burned_of_a_charge, st.integers(0, 9), st.lists(st.integers(0, 60), max_size=4))
+def test_a_charge_is_undone_backwards_in_any_steps(
+    burned: list[tuple[str, int]], beyond: int, steps: list[int]
+) -> None:
+    """Against a stack of single micro-credits; and what `net` then says is still burned."""
+    stack = [grant for grant, amount in burned for _ in range(amount)] + [""] * beyond
+    history = list(burned)
+    for step in steps:
+        amount = min(step, len(stack))
+        from_beyond, back = give_back(amount, len(stack), net(history))
+        popped = Counter(stack.pop() for _ in range(amount))
+        assert from_beyond == popped.pop("", 0)
+        given: Counter[str] = Counter()
+        for grant, returned in back:
+            given[grant] += returned
+        assert given == popped
+        history += [(grant, -returned) for grant, returned in back]
+        still = [grant for grant, left in net(history) for _ in range(left)]
+        assert still == [grant for grant in stack if grant]

@@ -113,7 +113,7 @@ def test_what_nobody_should_believe_is_a_defect(changes: dict[str, Any], reason:
     assert reason in defect.reason
     assert (defect.position, defect.workspace_id, defect.key_id) == (1, "ws", "key")
     assert defect.request_id == bad.request_id
-    believable = abs(bad.charge_ucr) <= MAX_UCR
+    believable = 0 <= bad.charge_ucr <= MAX_UCR
     assert defect.charge_ucr == (bad.charge_ucr if believable else None)
     assert defect.body == encode_event(bad)
 

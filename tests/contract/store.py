@@ -163,8 +163,10 @@ class Store:
     def put_key(self, workspace: str, key: str, rules: KeyRules) -> int:
         return int(self.run("put_key", [keyspace.workspace_key(workspace)], [key, pack(rules)]))
 
-    def credit(self, workspace: str, delta: int, amount: int) -> list[int]:
-        reply: list[int] = self.run("credit", [keyspace.workspace_key(workspace)], [delta, amount])
+    def credit(self, workspace: str, delta: int, amount: int, *spent: Any) -> list[int]:
+        """`spent`: a key, and by how much it has spent more."""
+        keys = [keyspace.workspace_key(workspace)]
+        reply: list[int] = self.run("credit", keys, [delta, amount, *spent])
         return reply
 
     def lease(self, workspace: str, *asks: Ask, **more: Any) -> Leased:

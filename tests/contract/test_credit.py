@@ -19,6 +19,15 @@ def test_deltas_apply_in_order_and_once(store: Store) -> None:
     assert store.wallet(WS) == Wallet(70, 0, 1, 3)
 
 
+def test_spend_changes_with_the_balance_and_once(store: Store) -> None:
+    store.put_workspace(WS)
+    assert store.credit(WS, 1, 100, "key_1", 40) == [1, 100]
+    assert store.credit(WS, 2, 25, "key_1", -25) == [1, 125]
+    assert store.credit(WS, 2, 25, "key_1", -25) == [0, 125]
+    assert store.counters(WS).spent_ucr == 15
+    assert store.wallet(WS) == Wallet(125, 0, 1, 2)
+
+
 def test_a_repeated_delta_changes_nothing(store: Store) -> None:
     store.put_workspace(WS)
     store.credit(WS, 1, 100)
@@ -118,7 +127,12 @@ def test_a_bad_delta_is_refused_before_anything_is_written(store: Store, delta: 
     refused(store, [delta, 5])
 
 
-@pytest.mark.parametrize("arguments", [[], [2]])
+@pytest.mark.parametrize("spent", BAD_AMOUNTS)
+def test_a_bad_spend_is_refused_before_anything_is_written(store: Store, spent: str) -> None:
+    refused(store, [2, 5, "key_1", spent])
+
+
+@pytest.mark.parametrize("arguments", [[], [2], [2, 5, "", 7]])
 def test_missing_arguments_are_refused(store: Store, arguments: list[Any]) -> None:
     refused(store, arguments)
 
