@@ -106,7 +106,7 @@ class Stack:
         self._stop_requested = True
 
     def _reload(self, *_: object) -> None:
-        """Without a terminal, a hang-up means: read the catalogue again."""
+        """Without a terminal, a hang-up means: roll the proxy's workers."""
         for part in self._parts:
             if part.reloads and part.alive():
                 part.signal(signal.SIGHUP)

@@ -13,6 +13,7 @@ tells which lane they take. Most paths go to `aiohttp_lane`; chat completions go
 [8] `bill`, `settlement`, `journal`  the hold becomes a charge, exactly once, whatever happened
 [9] `answer`, `replies`  heads, final chunks and errors as the client's dialect expects them
 
-`worker` builds and stops all this; `supervisor` runs one worker per core; `replay` settles
-what a killed worker left in its journal.
+`worker` builds and stops all this, `drain` sees its connections to their end; `supervisor` has
+a `seat` per core and rolls their workers, processes of its `fleet`; `replay` settles what a
+killed worker left in its journal.
 """

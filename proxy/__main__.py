@@ -4,7 +4,8 @@ import asyncio
 import sys
 
 from accounting.contract.settings import Settings, SettingsError, load
-from proxy.supervisor import StartError, Supervisor
+from proxy.fleet import StartError
+from proxy.supervisor import Supervisor
 
 
 def main() -> int:

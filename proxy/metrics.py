@@ -1,8 +1,9 @@
 """Every metric of the proxy, declared once; counted per worker, summed per host.
 
 Owns the cells: one shared file, a row of 64-bit integers per worker, written by that worker
-with plain stores and read by the supervisor at scrape. A replaced worker goes on counting
-in its predecessor's row, so counters never fall.
+with plain stores and read by the supervisor at scrape. A row has one worker at a time; the
+next one goes on counting where it stopped, so counters never fall. There is a row more than
+workers: while one is rolled, it and its successor both count.
 """
 
 import mmap
@@ -72,6 +73,7 @@ for _metric in METRICS:
     for _value in _metric.values:
         CELLS[_metric.name, _value] = len(CELLS)
 assert len(CELLS) * _CELL_BYTES <= ROW_BYTES
+_GAUGES = [CELLS[m.name, value] for m in METRICS if m.kind == "gauge" for value in m.values]
 
 
 def cell(name: str, value: str = "") -> int:
@@ -83,10 +85,8 @@ class Counters:
 
     def __init__(self, path: Path, row: int) -> None:
         self.cells = _map(path, row)
-        for metric in METRICS:
-            if metric.kind == "gauge":
-                for value in metric.values:
-                    self.cells[CELLS[metric.name, value]] = 0
+        for index in _GAUGES:
+            self.cells[index] = 0
         self._requests = {value: cell("tollgate_requests", value) for value in OUTCOMES}
         self._settlements = {value: cell("tollgate_settlements", value) for value in SETTLEMENTS}
         self._charged = cell("tollgate_charged_microcredits")
@@ -147,6 +147,16 @@ class HostMetrics:
     def total(self, name: str, value: str = "") -> int:
         index = CELLS[name, value]
         return sum(row[index] for row in self._rows)
+
+    def serves(self, row: int) -> bool:
+        """Whether the worker that counts there serves and may admit."""
+        cells = self._rows[row]
+        return bool(cells[cell("tollgate_workers_ready")] and cells[cell("tollgate_gate_open")])
+
+    def clear_gauges(self, row: int) -> None:
+        """Nobody counts there: what was open in its last worker is no more."""
+        for index in _GAUGES:
+            self._rows[row][index] = 0
 
     def collect(self) -> Iterator[Metric]:
         for metric in METRICS:

@@ -1,33 +1,33 @@
-"""One worker process per core: start, watch, restart, drain; probes on the private port.
+"""All of one host: its listening sockets, a seat for each, its catalogue, its probes.
 
-Owns the listening sockets, one per worker (SO_REUSEPORT), and keeps them open across a
-worker's death, so a connection made meanwhile waits for the replacement.
+Owns the sockets, one per worker (SO_REUSEPORT), and keeps them open across a worker's death,
+so a connection made meanwhile waits for the replacement. SIGHUP rolls the workers, one after
+the other; SIGTERM and SIGINT drain them all.
+
+Theory of operation: a roll begins with proving the catalogue; what cannot be used changes
+nothing. Workers read a copy of the catalogue that was proved, so they all read the same one,
+and one that is replaced between two rolls is not surprised by a file half edited.
 """
 
 import asyncio
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from accounting.contract import catalogue
+from accounting.contract import catalogue as catalogues
+from accounting.contract.catalogue import Catalogue, CatalogueError
 from accounting.contract.settings import Address, Settings
 from proxy import metrics
+from proxy.fleet import Fleet, StartError
 from proxy.probes import Probes
 from proxy.redis_pipe import RedisPipe
+from proxy.seat import Seat
+from proxy.upstream_tls import context_of
 from proxy.worker import say
 
 _BACKLOG = 4096
-_FIRST_PAUSE_SECONDS = 0.1
-_LAST_PAUSE_SECONDS = 5.0
-_STEADY_SECONDS = 10.0
-_KILL_AFTER_SECONDS = 15.0
-
-
-class StartError(Exception):
-    """The proxy cannot start; the text is one line for stderr."""
 
 
 class Supervisor:
@@ -36,92 +36,118 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._count = settings.workers or len(os.sched_getaffinity(0))
-        self._stopping = asyncio.Event()
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
-        self._sockets: list[socket.socket] = []
-        self._metrics_path = Path(settings.data_dir) / "run" / f"proxy-{os.getpid()}.metrics"
+        self._asked_to_stop = asyncio.Event()
+        self._asked_to_roll = asyncio.Event()
+        self._seats: list[Seat] = []
+        self._run = Path(settings.data_dir) / "run"
+        self._name = f"proxy-{os.getpid()}"
+        self._copies = 0
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises StartError."""
         try:
-            catalogue.load(self._settings.catalogue, os.environ, self._settings.sandbox)
-        except catalogue.CatalogueError as error:
+            text, _ = self._proved_catalogue()
+        except CatalogueError as error:
             raise StartError(str(error)) from None
         await _reach_redis(self._settings)
-        self._sockets = listen(self._settings.listen, self._count)
-        self._metrics_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        metrics.create(self._metrics_path, self._count)
-        probes = Probes(metrics.HostMetrics(self._metrics_path, self._count), self._count)
+        listeners = listen(self._settings.listen, self._count)
+        self._run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        metrics_path = self._run / f"{self._name}.metrics"
+        rows = self._count + 1
+        metrics.create(metrics_path, rows)
+        fleet = Fleet(self._settings, metrics_path, rows)
+        self._seats = [Seat(fleet, *numbered) for numbered in enumerate(listeners)]
+        probes = Probes(metrics.HostMetrics(metrics_path, rows), self._count)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+            loop.add_signal_handler(number, self._asked_to_stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._asked_to_roll.set)
         try:
+            fleet.catalogue = self._copy(text)
             await probes.start(self._settings.private_listen)
-            await self._serve()
+            await self._serve(fleet)
         finally:
             await probes.stop()
-            for one in self._sockets:
-                one.close()
-            self._metrics_path.unlink(missing_ok=True)
+            for seat in self._seats:
+                seat.close()
+            for path in (metrics_path, *self._run.glob(f"{self._name}-*.toml")):
+                path.unlink(missing_ok=True)
 
-    async def _serve(self) -> None:
-        keepers = [asyncio.create_task(self._keep(row)) for row in range(self._count)]
-        stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([stop, *keepers], return_when=asyncio.FIRST_COMPLETED)
-        failed = [one for one in keepers if one.done() and one.exception() is not None]
+    async def _serve(self, fleet: Fleet) -> None:
+        keepers = [asyncio.create_task(seat.keep()) for seat in self._seats]
+        stop = asyncio.create_task(self._asked_to_stop.wait())
+        roller = asyncio.create_task(self._roll_when_asked(fleet))
+        await asyncio.wait([stop, roller, *keepers], return_when=asyncio.FIRST_COMPLETED)
+        fleet.stopping.set()
+        for seat in self._seats:  # before the workers: then a worker's close is the last one
+            seat.close()
         stop.cancel()
-        self._stopping.set()
-        for process in self._processes.values():
-            _signal(process, signal.SIGTERM)
-        _, late = await asyncio.wait(
-            keepers, timeout=self._settings.drain_timeout_seconds + _KILL_AFTER_SECONDS
-        )
-        for process in self._processes.values():
-            _signal(process, signal.SIGKILL)
-        if late:
-            await asyncio.wait(late)
-        if failed:
-            raise StartError(str(failed[0].exception()))
+        roller.cancel()
+        await fleet.stop()
+        await asyncio.wait([roller, *keepers])
+        failures = [one.exception() for one in (roller, *keepers) if not one.cancelled()]
+        for failure in filter(None, failures):
+            raise failure
 
-    async def _keep(self, row: int) -> None:
-        """Keep one worker running: a dead one is replaced, soon at first, then less soon."""
-        pause = _FIRST_PAUSE_SECONDS
-        loop = asyncio.get_running_loop()
-        first = True
-        while not self._stopping.is_set():
-            started = loop.time()
-            process = self._processes[row] = await self._spawn(row)
-            if self._stopping.is_set():  # it came too late to be told with the others
-                _signal(process, signal.SIGTERM)
-            code = await process.wait()
-            del self._processes[row]
-            if self._stopping.is_set():
-                return
-            lived = loop.time() - started
-            if first and lived < _STEADY_SECONDS and code == 1:
-                raise StartError("a worker could not start (see above)")
-            first = False
-            say("worker died", row=row, code=code)
-            pause = _FIRST_PAUSE_SECONDS if lived > _STEADY_SECONDS else pause
-            await _wait(self._stopping, pause)
-            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+    # Rolling
 
-    async def _spawn(self, row: int) -> asyncio.subprocess.Process:
-        descriptor = self._sockets[row].fileno()
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "proxy.worker",
-            str(row),
-            str(descriptor),
-            str(self._metrics_path),
-            pass_fds=[descriptor],
-        )
+    async def _roll_when_asked(self, fleet: Fleet) -> None:
+        """One roll at a time; whoever asks meanwhile gets one more, however many ask."""
+        while True:
+            await self._asked_to_roll.wait()
+            self._asked_to_roll.clear()
+            try:
+                text, found = self._proved_catalogue()
+                copy = self._copy(text)
+            except CatalogueError as error:
+                say("catalogue refused", why=str(error))
+                continue
+            except OSError as error:
+                say("roll refused", why=str(error))
+                continue
+            before = fleet.catalogue
+            if await self._roll(fleet, copy):
+                say("rolled", workers=self._count, models=len(found.models))
+            _forget(before if fleet.catalogue == copy else copy)
 
-    def _reload(self) -> None:
-        for process in self._processes.values():
-            _signal(process, signal.SIGHUP)
+    async def _roll(self, fleet: Fleet, catalogue: str) -> bool:
+        """Worker after worker; the first that gets no successor ends it."""
+        for number, seat in enumerate(self._seats):
+            if not await seat.roll(catalogue):
+                say("roll stopped", row=number, why="the successor did not get ready")
+                return False
+            fleet.catalogue = catalogue
+        return True
+
+    def _proved_catalogue(self) -> tuple[str, Catalogue]:
+        """The catalogue's text and what it says. Raises CatalogueError."""
+        settings = self._settings
+        if settings.catalogue:
+            try:
+                text = Path(settings.catalogue).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CatalogueError(f"catalogue {settings.catalogue}: {error}") from None
+            found = catalogues.parse(text, os.environ, settings.sandbox)
+        else:
+            text, found = "", catalogues.load("", os.environ, settings.sandbox)
+        for provider in found.providers.values():
+            if provider.tls and provider.ca_file:
+                context_of(provider)
+        return text, found
+
+    def _copy(self, text: str) -> str:
+        """Where workers find this catalogue; nowhere for the starter catalogue."""
+        if not text:
+            return ""
+        self._copies += 1
+        path = self._run / f"{self._name}-{self._copies}.toml"
+        path.write_text(text, "utf-8")
+        return str(path)
+
+
+def _forget(copy: str) -> None:
+    if copy:
+        Path(copy).unlink(missing_ok=True)
 
 
 async def _reach_redis(settings: Settings) -> None:
@@ -165,18 +191,3 @@ def _listener(family: int, kind: int, where: object) -> socket.socket:
     one.listen(_BACKLOG)
     one.setblocking(False)
     return one
-
-
-def _signal(process: asyncio.subprocess.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except ProcessLookupError:
-        return
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return

@@ -1,7 +1,7 @@
 """One worker process: builds the hot path, serves on an inherited socket, stops in order.
 
 Started by the supervisor as `python -m proxy.worker ROW SOCKET_FD METRICS_PATH`. SIGTERM
-drains it; SIGHUP makes it read the catalogue again.
+drains it; SIGHUP is for the supervisor, which then replaces it.
 """
 
 import asyncio
@@ -124,7 +124,6 @@ class Worker:
         """Serve until SIGTERM or SIGINT, then drain."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping.set)
-        self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         await self._pipe.start()
         await self._look_at_gate()
         services = self.services
@@ -299,17 +298,6 @@ class Worker:
         else:
             say("target serves again", target=target)
 
-    def reload(self) -> None:
-        """SIGHUP: the catalogue anew; a broken one changes nothing."""
-        settings = self._settings
-        try:
-            found = catalogue.load(settings.catalogue, os.environ, settings.sandbox)
-            self.services.routing.replace(found)
-        except catalogue.CatalogueError as error:
-            say("catalogue refused", why=str(error))
-            return
-        say("catalogue loaded", models=len(found.models))
-
 
 async def _main(row: int, listener: socket.socket, metrics_path: Path) -> None:
     await Worker(load(), row, metrics_path).run(listener)
@@ -318,6 +306,7 @@ async def _main(row: int, listener: socket.socket, metrics_path: Path) -> None:
 def main(arguments: list[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     row, descriptor, metrics_path = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     listener = socket.socket(fileno=descriptor)
     try:

@@ -7,8 +7,9 @@ import pytest
 import uvloop
 
 from tests.proxy.harness import proxy, start
+from tests.proxy.host import host, seeds
 
-__all__ = ["proxy", "start"]
+__all__ = ["host", "proxy", "seeds", "start"]
 
 
 def pytest_asyncio_loop_factories(

@@ -453,7 +453,7 @@ async def test_a_reload_keeps_the_record_of_targets_that_stay(start: Start) -> N
     scene = await start(cooldown_failures=1, cooldown_seconds=60)
     key = scene.seeds.key()
     await fail(scene, key, 1)
-    scene.proxies[0].worker.reload()
+    scene.reload()
     assert scene.services.routing.cooling == 1
     await scene.ask(key, chat(model="pair"))
     assert len(scene.main.requests) == 1
