@@ -10,6 +10,7 @@ Slot layout, little-endian, 2048 bytes:
 | offset | bytes | what |
 |---|---|---|
 | 0 | 1 | state: 0 free, 1 open, 2 settled |
+| 2 | 2 | era of the Redis to which the settle was sent |
 | 4 | 4 | batch number of the settle within its shard; 0 = not sent yet |
 | 8 | 8 + 4 + 4 | progress: bytes relayed, events relayed, bytes of a chunk less its content |
 | 24 | 2 | length of the opening |
@@ -32,6 +33,7 @@ SLOT_BYTES = 2048
 FREE, OPEN, SETTLED = 0, 1, 2
 _OPENING_AT, _SETTLE_AT = 32, 928
 _BATCH = Layout("<I")
+_SENT = Layout("<HI")
 _PROGRESS = Layout("<QII")
 _LENGTH = Layout("<H")
 
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
     envelope: int
     opening: bytes
     settle: bytes
+    era: int = 0
 
 
 class Journal:
@@ -59,13 +62,14 @@ class Journal:
     def __init__(self, path: Path, slots: int) -> None:
         self.path = path
         unnamed = path.with_suffix(".new")  # no one takes it for an orphan until it is locked
-        self._descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(self._descriptor, slots * SLOT_BYTES)
+        self.descriptor = allocated(unnamed, slots * SLOT_BYTES)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(path)
-        self._map = mmap.mmap(self._descriptor, slots * SLOT_BYTES)
+        _sync_folder(path.parent)
+        self._map = mmap.mmap(self.descriptor, slots * SLOT_BYTES)
         self._free = list(range((slots - 1) * SLOT_BYTES, -1, -SLOT_BYTES))
         self._slots = slots
+        self.era = 0  # which Redis settles are sent to, see `standing`; 0: not known
 
     def __repr__(self) -> str:
         return f"Journal({self.path.name}, used={self.used})"
@@ -100,7 +104,7 @@ class Journal:
 
     def batched(self, slot: int, number: int) -> None:
         """The settle is about to be sent as part of this batch of its shard."""
-        _BATCH.pack_into(self._map, slot + 4, number)
+        _SENT.pack_into(self._map, slot + 2, self.era, number)
 
     def free(self, slot: int) -> None:
         """Redis has the settle, or nothing was admitted: the slot may be used again."""
@@ -111,7 +115,7 @@ class Journal:
         self._map.close()
         if remove:
             self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 class OrphanJournal:
@@ -132,11 +136,11 @@ class OrphanJournal:
             if memory[slot] in (OPEN, SETTLED):
                 yield _entry(slot, memory[slot : slot + SLOT_BYTES])
 
-    def settle(self, slot: int, settle: bytes, batch: int) -> None:
+    def settle(self, slot: int, settle: bytes, batch: int, era: int = 0) -> None:
         """Note how an entry is about to be settled, before it is: a second replay then
         sends the same batch under the same number."""
         assert self._map is not None
-        _BATCH.pack_into(self._map, slot + 4, batch)
+        _SENT.pack_into(self._map, slot + 2, era, batch)
         if self._map[slot] == OPEN:
             _write_settle(self._map, slot, settle)
 
@@ -153,6 +157,31 @@ class OrphanJournal:
         os.close(self._descriptor)
 
 
+def allocated(path: Path, size: int) -> int:
+    """A file of so many bytes, all of them on the disk: its descriptor.
+
+    Raises OSError. A file with holes would take a full disk for a fatal signal, long after.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        why = f"no room for {size >> 20} MiB of journal: {error.strerror}"
+        raise OSError(error.errno, why, str(path)) from None
+    return descriptor
+
+
+def _sync_folder(folder: Path) -> None:
+    """A file is found again after a power loss only if its name is on the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _write_settle(memory: mmap.mmap, slot: int, settle: bytes) -> None:
     assert len(settle) <= SLOT_BYTES - _SETTLE_AT
     _LENGTH.pack_into(memory, slot + 26, len(settle))
@@ -163,7 +192,7 @@ def _write_settle(memory: mmap.mmap, slot: int, settle: bytes) -> None:
 
 def _entry(at: int, slot: bytes) -> Entry:
     state = slot[0]
-    (batch,) = _BATCH.unpack_from(slot, 4)
+    era, batch = _SENT.unpack_from(slot, 2)
     relayed_bytes, events, envelope = _PROGRESS.unpack_from(slot, 8)
     (opening_length,) = _LENGTH.unpack_from(slot, 24)
     (settle_length,) = _LENGTH.unpack_from(slot, 26)
@@ -176,6 +205,7 @@ def _entry(at: int, slot: bytes) -> Entry:
         envelope,
         slot[_OPENING_AT : _OPENING_AT + opening_length],
         slot[_SETTLE_AT : _SETTLE_AT + settle_length] if state == SETTLED else b"",
+        era,
     )
 
 

@@ -1,5 +1,6 @@
 """The journal: what a crash leaves at any moment, and that one reader at a time reads it."""
 
+import errno
 import fcntl
 import os
 import random
@@ -265,3 +266,34 @@ def test_a_replay_notes_settles_and_batches(path: Path) -> None:
         Entry(slots[1], SETTLED, 6, 0, 0, 0, b"opening", b"own settle"),
     ]
     again.close(remove=True)
+
+
+def test_a_settle_knows_to_which_redis_it_was_sent(path: Path, tmp_path: Path) -> None:
+    journal = Journal(path, 4)
+    first, second = journal.reserve(), journal.reserve()
+    for slot in (first, second):
+        journal.settle(slot, b"settle")
+    journal.batched(first, 1)
+    journal.era = 65535
+    journal.batched(second, 2)
+    found = {entry.slot: (entry.batch, entry.era) for entry in read(path.read_bytes(), tmp_path)}
+    assert found == {first: (1, 0), second: (2, 65535)}
+    journal.close(remove=True)
+
+
+def test_all_of_it_is_on_the_disk_from_the_start(path: Path) -> None:
+    journal = Journal(path, 512)
+    assert path.stat().st_blocks * 512 >= 512 * SLOT_BYTES
+    journal.close(remove=True)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no room for 1 MiB of journal: No space left on device"):
+        Journal(path, 512)
+    assert list(path.parent.iterdir()) == []
