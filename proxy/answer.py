@@ -8,6 +8,8 @@ from typing import Protocol
 from accounting.contract.errors import Failure
 from proxy import replies
 
+_LARGE = 16_384  # bytes; more is not copied together with its frame: 190 µs per 250 kB
+
 
 class Request(Protocol):
     """What the front door read of a request."""
@@ -22,6 +24,7 @@ class Client(Protocol):
     """The client's side of the wire."""
 
     def write(self, data: bytes) -> None: ...
+    def write_large(self, pieces: list[bytes]) -> None: ...
     def exchange_done(self, close: bool) -> None: ...
 
 
@@ -48,7 +51,10 @@ class Answer:
             self._request_id, len(body), charge_ucr, self.served, self.extra, self._close
         )
         self.started = True
-        self._client.write(head + body)
+        if len(body) < _LARGE:
+            self._client.write(head + body)
+        else:
+            self._client.write_large([head, body])
 
     def failure(self, failure: Failure) -> None:
         self.started = True
@@ -58,17 +64,26 @@ class Answer:
 
     def stream(self, data: bytes) -> None:
         """Events for the client; the head goes with the first of them, in one write."""
+        if len(data) >= _LARGE:
+            self._client.write_large([self._head(), *self._framed(data)])
+            return
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
         if not self.started:
-            self.started = True
-            self._close = self._close or not self._chunked
-            framed = (
-                replies.stream_head(
-                    self._request_id, self.served, self.extra, self._chunked, self._close
-                )
-                + framed
-            )
+            framed = self._head() + framed
         self._client.write(framed)
+
+    def _head(self) -> bytes:
+        """The head of a stream, once."""
+        if self.started:
+            return b""
+        self.started = True
+        self._close = self._close or not self._chunked
+        return replies.stream_head(
+            self._request_id, self.served, self.extra, self._chunked, self._close
+        )
+
+    def _framed(self, data: bytes) -> list[bytes]:
+        return [b"%x\r\n" % len(data), data, b"\r\n"] if self._chunked else [data]
 
     def end_stream(self, data: bytes) -> None:
         """The last events, and the end of the body."""

@@ -13,7 +13,7 @@ from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, enco
 from proxy.admission import Hold
 from proxy.provider_usage import estimate_input
 from proxy.replay import Opening
-from proxy.request_head import ChatHead, input_bound, output_bound
+from proxy.request_head import ChatHead, has_audio, input_bound, output_bound
 from proxy.settlement import Settle
 from proxy.usage_scanner import StreamScanner
 
@@ -56,7 +56,7 @@ class Bill:
         self.input_bound = input_bound(body, model.context_tokens)
         self.output_bound = output_bound(head, model.max_output_tokens)
         self._estimate = min(estimate_input(len(body)), self.input_bound)
-        audio = head.wants_audio or b'"input_audio"' in body
+        audio = head.wants_audio or has_audio(body)
         self.credits_ucr = worst_case_ucr(model.price, self.input_bound, self.output_bound, audio)
 
     @property

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from proxy.services import Services
 
 _LINGER_SECONDS = 2.0
+_READ_BYTES = 256_000  # what the loop reads at a time: this may come on top of what waits
+_LEAST_ROOM = 4096
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)  # elsewhere than on Linux only a reset shows
 
 
@@ -60,7 +62,8 @@ class FrontDoor(asyncio.Protocol):
         services = self._services
         self._transport = transport = cast("asyncio.Transport", transport)
         self._since = services.now()
-        transport.set_write_buffer_limits(high=services.settings.write_buffer_bytes)
+        room = services.settings.write_buffer_bytes - _READ_BYTES
+        transport.set_write_buffer_limits(high=max(room, _LEAST_ROOM))
         services.connections.add(self)
         if len(services.connections) > services.settings.connections:
             self._reader.refuse(Unavailable("Too many connections."))
@@ -173,6 +176,13 @@ class FrontDoor(asyncio.Protocol):
         if not self._outgoing:
             self._services.loop.call_soon(self._flush)
         self._outgoing.append(data)
+
+    def write_large(self, pieces: list[bytes]) -> None:
+        """Written at once and as they are. The loop may read a provider's socket up to 32 times
+        in a turn: only what is written can make it pause."""
+        self._flush()
+        if self._transport is not None:
+            self._transport.writelines(pieces)
 
     def _flush(self) -> None:
         outgoing = self._outgoing

@@ -27,7 +27,10 @@ _MEDIA = re.compile(
     rb'"(?:image_url|input_audio|file|video(?:_url)?|cached_content|audio"\s*:\s*\{[^{}]*"id)"'
 )
 _TOOLS = re.compile(rb'"(?:tools|functions)"')
+_AUDIO = re.compile(rb'"input_audio"')
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
+_LARGE = 16_384  # bytes; a larger body is looked through once or less, see `_is_named`
+_BYTES_PER_HOP = 4096  # beyond more quotes than this a search is faster than hops
 _TEMPLATE_ALLOWANCE = 32  # tokens
 _TOOLS_ALLOWANCE = 1024
 _PARAM = re.compile(r"at `\$\.?([^`]*)`")
@@ -75,7 +78,9 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 _any = msgspec.json.Decoder()
 _encode = msgspec.json.Encoder().encode
 _WITH_USAGE = Raw(b'{"include_usage":true}')
-_KNOWN = _UNPRICED | {*ChatHead.__struct_encode_fields__[:-1]}
+_HEAD_FIELDS = frozenset(ChatHead.__struct_encode_fields__[:-1])
+_KNOWN = _UNPRICED | _HEAD_FIELDS
+_NO_MESSAGES = Raw(b"[]")
 
 
 def parse(body: bytes) -> ChatHead:
@@ -86,17 +91,34 @@ def parse(body: bytes) -> ChatHead:
     try:
         if not body.isascii():
             body.decode()
-        head = _heads.decode(body)
-        fields = head.fields = _fields.decode(body)
+        if len(body) < _LARGE:
+            head = _heads.decode(body)
+            fields = _fields.decode(body)
+        else:
+            fields = _fields.decode(body)
+            head = _head_of(fields)
+        head.fields = fields
         if head.stream:
             fields["stream_options"] = _with_usage(fields.get("stream_options"))
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidJson() from None
-    if bytes(head.messages)[:1] != b"[":
+    if bytes(memoryview(head.messages)[:1]) != b"[":
         raise InvalidRequest("`messages` must be a list.", param="messages")
     _refuse_unbounded(head)
+    return head
+
+
+def _head_of(fields: dict[str, Raw]) -> ChatHead:
+    """The head of a large body, read from what is not its messages: 1 MB is parsed once."""
+    small = {name: fields[name] for name in _HEAD_FIELDS & fields.keys()}
+    messages = small.get("messages")
+    if messages is not None:
+        small["messages"] = _NO_MESSAGES
+    head = _heads.decode(_encode(small))
+    if messages is not None:
+        head.messages = messages
     return head
 
 
@@ -139,8 +161,10 @@ def input_bound(body: bytes, context_tokens: int) -> int:
     model's context alone. What providers add unseen (chat templates, instructions for tools)
     gets an allowance. Raises InvalidJson, seldom: see `has_media`.
     """
-    escapes = _ESCAPED_ASCII.search(body) is not None
-    tools = escapes or _TOOLS.search(body) is not None
+    if len(body) + _TEMPLATE_ALLOWANCE >= context_tokens:
+        return context_tokens
+    escapes = _escapes_ascii(body)
+    tools = escapes or _is_named(_TOOLS, body)
     bound = len(body) + (_TOOLS_ALLOWANCE if tools else _TEMPLATE_ALLOWANCE)
     if bound >= context_tokens or has_media(body, escapes):
         return context_tokens
@@ -157,7 +181,37 @@ def has_media(body: bytes, escapes: bool) -> bool:
             body = _encode(_any.decode(body))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise InvalidJson() from None
-    return _MEDIA.search(body) is not None
+    return _is_named(_MEDIA, body)
+
+
+def has_audio(body: bytes) -> bool:
+    """Whether there may be sound in the input: some models price it apart."""
+    if len(body) < _LARGE:
+        return body.rfind(b'"input_audio"') >= 0  # backwards: 0.15 µs, forwards 0.5
+    return _is_named(_AUDIO, body)
+
+
+def _is_named(names: re.Pattern[bytes], body: bytes) -> bool:
+    """Whether one of `names`, each in quotes, is in `body`.
+
+    A large body is mostly text, with few quotes for its size: to go from one to the next is
+    memchr's work, 15 µs for 1 MB where a search takes 284.
+    """
+    at = 0
+    if len(body) >= _LARGE:
+        at = body.find(b'"')
+        for _ in range(len(body) // _BYTES_PER_HOP):
+            if at < 0 or names.match(body, at) is not None:
+                return at >= 0
+            at = body.find(b'"', at + 1)
+    return at >= 0 and names.search(body, at) is not None
+
+
+def _escapes_ascii(body: bytes) -> bool:
+    """Whether ASCII is written as escapes. `rfind` skips: half the time of a search forward."""
+    if len(body) >= _LARGE and body.find(b"\\") < 0:
+        return False
+    return body.rfind(b"\\u00") >= 0 and _ESCAPED_ASCII.search(body) is not None
 
 
 def output_bound(head: ChatHead, model_max: int) -> int:

@@ -5,6 +5,7 @@ event. `EventSplitter` hands out whole events only and keeps an unfinished one.
 """
 
 import re
+from collections.abc import Iterator
 
 _BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\Z))")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -33,15 +34,21 @@ class EventSplitter:
         Raises EventTooLong once nothing but an unfinished event beyond the limit is left.
         """
         kept = self._kept
-        if not kept and data.endswith(b"\n\n"):
+        if kept:
+            known = max(0, len(kept) - 3)
+            kept += data
+            end = _last_boundary(kept, known)
+            with memoryview(kept) as view:
+                whole = bytes(view[:end])  # one copy, where a slice of `kept` would be another
+            del kept[:end]
+        elif data.endswith(b"\n\n"):
             return data
-        known = max(0, len(kept) - 3)
-        kept += data
-        end = _last_boundary(kept, known)
+        else:
+            end = _last_boundary(data, 0)
+            whole = data[:end]
+            kept += data[end:]
         if not end and len(kept) > self._limit:
             raise EventTooLong
-        whole = bytes(kept[:end])
-        del kept[:end]
         return whole
 
     def rest(self) -> bytes:
@@ -51,7 +58,7 @@ class EventSplitter:
         return rest
 
 
-def _last_boundary(data: bytearray, start: int) -> int:
+def _last_boundary(data: bytes | bytearray, start: int) -> int:
     """Where the last event that is whole ends; 0 when none ends after `start`.
 
     A CR at the very end waits for what follows: it may be half of a CR LF.
@@ -65,14 +72,17 @@ def _last_boundary(data: bytearray, start: int) -> int:
 
 def split_events(block: bytes) -> list[bytes]:
     """Whole events as byte strings, each with the blank line that ends it."""
-    events = []
+    return list(each_event(block))
+
+
+def each_event(block: bytes) -> Iterator[bytes]:
+    """The same, one after the other: often the first is enough."""
     start = 0
     for found in _BOUNDARY.finditer(block):
-        events.append(block[start : found.end()])
+        yield block[start : found.end()]
         start = found.end()
     if start < len(block):
-        events.append(block[start:])
-    return events
+        yield block[start:]
 
 
 def event_data(event: bytes) -> bytes | None:

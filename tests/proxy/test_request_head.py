@@ -4,6 +4,7 @@ import json
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from accounting.contract.errors import (
     UnboundedCost,
     UnknownParameter,
 )
-from proxy.request_head import ChatHead, body_for, input_bound, output_bound, parse
+from proxy.request_head import ChatHead, body_for, has_audio, input_bound, output_bound, parse
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CONTEXT = 100_000
@@ -339,6 +340,84 @@ def test_what_cannot_be_looked_into_is_refused(value: bytes) -> None:
     raw = b'{"model":"m","messages":["\\u0041",%b]}' % value
     with pytest.raises(InvalidJson):
         input_bound(raw, CONTEXT)
+
+
+# Large bodies: read another way, to the same end
+
+LONG_TEXT = {"role": "user", "content": "Lorem ipsum dolor sit amet. " * 1000}
+MANY_QUOTES = {"role": "user", "content": ["quoted"] * 4000}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stream": True, "stream_options": {"x": 1}, "max_tokens": 7, "n": 2},
+        {"tools": [{"type": "function"}], "unknown": {"a": [1, 2]}},
+        {"model": 5},
+        {"model": ""},
+        {"messages": None},
+        {"messages": "text"},
+        {"stream": "true"},
+        {"stream_options": {"include_usage": "yes"}},
+        {"max_tokens": 0},
+        {"tools": [{"type": 5}]},
+        {"tools": [{"type": "web_search"}]},
+        {"plugins": [1]},
+        {"Max_Tokens": 1},
+    ],
+)
+def test_a_large_body_is_understood_as_a_small_one(fields: dict[str, Any]) -> None:
+    def understood(**padding: Any) -> Any:
+        raw = body(**{**padding, **fields})
+        try:
+            found = parse(raw)
+        except Failure as failure:
+            return failure.code, failure.param, str(failure)
+        read = msgspec.structs.asdict(found)
+        for name in ("fields", "messages"):
+            del read[name]
+        return read, len(found.fields) - len(padding)
+
+    assert understood(messages=[LONG_TEXT]) == understood(messages=MESSAGES)
+    assert understood(x=["y"] * 9000) == understood(x=[])
+
+
+def test_a_large_body_without_messages() -> None:
+    failure = refusal(json.dumps({"model": "m", "x": "y" * 20_000}).encode())
+    assert (failure.code, failure.param) == ("missing_parameter", "messages")
+
+
+@pytest.mark.parametrize("padding", [[LONG_TEXT], [MANY_QUOTES], [LONG_TEXT, MANY_QUOTES]])
+@pytest.mark.parametrize("part", [*MEDIA, {"type": "text", "audio": {"id": "a"}}])
+def test_media_is_found_wherever_it_stands(
+    padding: list[dict[str, Any]], part: dict[str, Any]
+) -> None:
+    message = {"role": "user", "content": [part]}
+    for messages in ([message, *padding], [*padding, message], [*padding, message, *padding]):
+        raw = body(messages=messages)
+        assert input_bound(raw, CONTEXT * 10) == CONTEXT * 10
+        assert has_audio(raw) == ("input_audio" in part)
+        escaped = raw.replace(b'"%b"' % next(iter(part)).encode(), b'"t\\u0079pe"')
+        assert input_bound(escaped, CONTEXT * 10) == CONTEXT * 10
+    without = body(messages=padding)
+    assert input_bound(without, CONTEXT * 10) == len(without) + 32
+    assert not has_audio(without)
+
+
+@pytest.mark.parametrize("padding", [LONG_TEXT, MANY_QUOTES])
+def test_tools_are_found_in_a_large_body(padding: dict[str, Any]) -> None:
+    for raw in (
+        body(messages=[padding], tools=[{"type": "function"}]),
+        json.dumps({"functions": [], "model": "m", "messages": [padding]}).encode(),
+    ):
+        assert input_bound(raw, CONTEXT * 10) == len(raw) + 1024
+
+
+def test_a_large_body_is_sent_as_it_came() -> None:
+    raw = b'{"a":1,"model":"m","messages":[{"x" : "%b"}],"temperature":0.10}' % (b"y" * 20_000)
+    assert sent(raw) == raw
+    assert sent(raw, "n") == raw.replace(b'"m"', b'"n"', 1)
 
 
 # What is sent

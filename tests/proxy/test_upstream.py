@@ -489,6 +489,33 @@ async def test_a_reader_that_never_reads_costs_a_bounded_buffer(start: Start) ->
     assert event.answer_bytes < 20_000_000
 
 
+async def test_what_has_come_at_once_is_not_all_taken_at_once(start: Start) -> None:
+    """A provider's bytes wait in its socket, not here, while the client reads nothing."""
+    scene = await start(write_buffer_bytes=300_000)
+    key, client = scene.seeds.key(), await scene.client()
+    client.writer.transport.pause_reading()
+    client >> request(key.secret, chat(model="raw", stream=True))
+    upstream = await scene.raw.call()
+    await upstream.hears()
+    event = b"data: %b\n\n" % json.dumps(delta("x" * 10_000)).encode()
+    most = 0
+
+    def paused() -> bool:
+        nonlocal most
+        (door,) = scene.services.connections
+        waiting = sum(map(len, door._outgoing)) + door._transport.get_write_buffer_size()
+        most = max(most, waiting)
+        return bool(door._paused_at)
+
+    upstream >> STREAM_HEAD + chunked(event) * 3000
+    await eventually(paused)
+    assert paused() and 0 < most <= 300_000
+    client.writer.transport.resume_reading()
+    upstream >> sse(usage_chunk(1, 1)) + DONE + STREAM_END
+    answer = await client.answer()
+    assert len(answer.events) == 3000 + 2 and answer.events[-1] == "[DONE]"
+
+
 async def test_a_reader_that_pauses_misses_nothing(start: Start) -> None:
     scene = await start(write_buffer_bytes=65_536, chunk_timeout_seconds=0.2)
     key, client = scene.seeds.key(), await scene.client()
