@@ -235,7 +235,7 @@ async def _charges(
     known = await usage_records.known(connection, [one for _position, one in billed])
     for position, one in billed:
         event = one.event
-        if event.revision > known.get(event.request_id, -1):
+        if not one.late and event.revision > known.get(event.request_id, -1):
             found.append((position, event.workspace_id, event.key_id, event.taken_ucr))
     return found
 

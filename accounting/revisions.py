@@ -56,6 +56,7 @@ class Revision(NamedTuple):
     source_ref: str
     stream_revision: int | None = None
     reason: str = ""
+    late: bool = False  # Redis has not taken what it costs more
 
 
 class Row(Struct):
@@ -123,7 +124,8 @@ async def revise_from_stream(connection: Any, billed: Billed) -> bool:
         return False
     difference = max(event.charge_ucr - row.told_ucr, -row.charge_ucr)
     ref = f"stream:{event.request_id}:{event.revision}"
-    await apply(connection, row, Revision(difference, ref, event.revision))
+    revision = Revision(difference, ref, event.revision, late=billed.late)
+    await apply(connection, row, revision)
     await rollups.retell(connection, billed)
     return True
 
@@ -131,7 +133,8 @@ async def revise_from_stream(connection: Any, billed: Billed) -> bool:
 async def apply(connection: Any, row: Row, revision: Revision) -> int:
     """Post a difference, the wallet being locked; the µcr that reach the wallet again.
 
-    A difference above zero has been taken in Redis already, as the charge on the stream was.
+    A difference above zero has been taken in Redis already, as the charge on the stream was,
+    unless it is late.
     Raises asyncpg.UniqueViolationError when the same `source_ref` was posted before.
     """
     difference = revision.difference_ucr
@@ -142,7 +145,7 @@ async def apply(connection: Any, row: Row, revision: Revision) -> int:
         [journal_id] = await ledger.new_journal_ids(connection, 1)
         await _post(connection, row, revision, moves, journal_id)
         burns = moves.burns
-    if difference < 0 and journal_id is not None:
+    if journal_id is not None and (difference < 0 or revision.late):
         credited = -difference - moves.forfeited_ucr
         await deltas.record(
             connection,

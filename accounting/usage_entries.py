@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from accounting.contract.identifiers import time_ms
-from accounting.contract.keyspace import STREAM_FIELD_EVENTS
+from accounting.contract.keyspace import STREAM_FIELD_EVENTS, STREAM_FIELD_LATE
 from accounting.contract.money import MAX_UCR
 from accounting.contract.usage_event import UsageEvent, decode_event, split_events
 from accounting.partitions import believed
@@ -24,7 +24,7 @@ _MOST_TOKENS = 2**31 - 1
 _MOST_REVISIONS = 2**15 - 1
 _LONGEST_NAME = 512
 _LONGEST_REASON = 500
-_EVENTS = STREAM_FIELD_EVENTS.encode()
+_EVENTS, _LATE = STREAM_FIELD_EVENTS.encode(), STREAM_FIELD_LATE.encode()
 
 
 class StreamId(NamedTuple):
@@ -50,16 +50,22 @@ def stream_id(raw: bytes) -> StreamId:
 
 
 class Entry(NamedTuple):
-    """One entry as read. `body` None: it is still pending, but its data have been trimmed."""
+    """One entry as read. `body` None: it is still pending, but its data have been trimmed.
+
+    `late`: its charges have not been taken from any balance; whoever posts them has to.
+    """
 
     shard: int
     id: StreamId
     body: bytes | None
+    late: bool = False
 
 
 def entry(shard: int, raw_id: bytes, fields: dict[bytes, bytes] | None) -> Entry:
     """From Redis's reply; its fields are None or empty when they have been trimmed."""
-    return Entry(shard, stream_id(raw_id), fields.get(_EVENTS, b"") if fields else None)
+    if not fields:
+        return Entry(shard, stream_id(raw_id), None)
+    return Entry(shard, stream_id(raw_id), fields.get(_EVENTS, b""), _LATE in fields)
 
 
 class Billed(NamedTuple):
@@ -71,6 +77,7 @@ class Billed(NamedTuple):
     shard: int
     stream_id: str
     position: int
+    late: bool = False
 
 
 class Defect(Struct, frozen=True):
@@ -95,7 +102,7 @@ def read(entry: Entry, today: date) -> tuple[list[Billed], list[Defect]]:
         return [], [_defect(entry, WHOLE_ENTRY, str(error), entry.body or b"")]
     billed: list[Billed] = []
     defects: list[Defect] = []
-    shard, text = entry.shard, str(entry.id)
+    shard, text, late = entry.shard, str(entry.id), entry.late
     for position, one in enumerate(encoded):
         try:
             event = decode_event(one)
@@ -105,7 +112,7 @@ def read(entry: Entry, today: date) -> tuple[list[Billed], list[Defect]]:
             defects.append(_defect(entry, position, str(error), one))
             continue
         started_at = _EPOCH + timedelta(microseconds=event.started_at_us)
-        billed.append(Billed(event, _day(made_at_ms), started_at, shard, text, position))
+        billed.append(Billed(event, _day(made_at_ms), started_at, shard, text, position, late))
     return billed, defects
 
 
@@ -126,7 +133,7 @@ def homeless(billed: Billed) -> Defect:
 
 def refused(billed: Billed, reason: str) -> Defect:
     """An event that is well-formed, and cannot be posted all the same."""
-    entry = Entry(billed.shard, stream_id(billed.stream_id.encode()), None)
+    entry = Entry(billed.shard, stream_id(billed.stream_id.encode()), None, billed.late)
     body = msgspec.msgpack.encode(billed.event)
     return _defect(entry, billed.position, reason, body)
 
@@ -194,7 +201,7 @@ def _defect(entry: Entry, position: int, reason: str, body: bytes) -> Defect:
         workspace_id=_name(said.get("workspace_id")),
         key_id=_name(said.get("key_id")),
         request_id=_name(said.get("request_id")),
-        charge_ucr=_taken(said.get("charge_ucr"), said.get("replaces_ucr")),
+        charge_ucr=None if entry.late else _taken(said.get("charge_ucr"), said.get("replaces_ucr")),
     )
 
 

@@ -7,16 +7,18 @@ All of it commits or none; whether to acknowledge, retry or give up is `consumer
 Theory of operation. Every event is first taken to be new, which nearly all are. The insert
 then counts how many really were; if some had been recorded before, the transaction is rolled
 back and repeated without them. So nothing is ever planned for a row that is not written.
-An exchange told anew is posted as what it was told before, if that is not recorded, and then
-revised in the order of its revisions (`revisions.py`).
+What came late has been taken from no balance: a delta takes it, for what is new alone; so it may
+be told any number of times. An exchange told anew is posted as what it was told before, if that
+is not recorded, and then revised in the order of its revisions (`revisions.py`).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
 from accounting import (
+    deltas,
     grants,
     ledger,
     outbox,
@@ -123,6 +125,7 @@ async def _post(
     await records.advance(connection, positions)
     if planned:
         await _write(connection, planned)
+        await _take_late(connection, housed, planned)
     revised = 0
     for one in again:
         revised += await revisions.revise_from_stream(connection, one)
@@ -181,3 +184,17 @@ async def _write(connection: Any, planned: dict[str, _Planned]) -> None:
     await ledger.post(connection, [journal for journal, _posting in planned.values()])
     if told:
         await outbox.tell(connection, told)
+
+
+async def _take_late(connection: Any, posted: list[Billed], planned: dict[str, _Planned]) -> None:
+    """Have Redis take what it has not, key by key: the balance may go below zero by that."""
+    owed: Counter[tuple[str, str]] = Counter()
+    for one in posted:
+        if one.late:
+            owed[one.event.workspace_id, one.event.key_id] += one.event.charge_ucr
+    for (workspace_id, key_id), charge in owed.items():
+        if charge:
+            journal_id = planned[workspace_id].journal.id
+            await deltas.record(
+                connection, workspace_id, -charge, journal_id, key_id=key_id, spent_ucr=charge
+            )

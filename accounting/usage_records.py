@@ -66,7 +66,7 @@ class Record(NamedTuple):
 
 
 def _row(record: Record) -> tuple[Any, ...]:
-    event, day, started_at, _shard, stream_id, _position = record.billed
+    event, day, started_at, _shard, stream_id, _position, _late = record.billed
     tokens = event.tokens
     burns = record.burns
     return (

@@ -36,6 +36,7 @@ FENCE = "fenced"  # in place of a batch number, or of a lease
 RECALL_CHANNEL = "recall"
 KEY_PREFIX = "inf_"
 STREAM_FIELD_BOOT, STREAM_FIELD_SEQUENCE, STREAM_FIELD_EVENTS = "b", "n", "e"
+STREAM_FIELD_LATE = "l"  # present: nobody has taken the charges from the balance yet
 STREAM_GROUP = "accounting"
 
 ACTIVE, SUSPENDED = 1, 2  # a workspace's state
