@@ -5,11 +5,15 @@ bounded, trailers are dropped and bounded. Anything else is refused: a body two 
 could read differently is how requests are smuggled.
 """
 
+import re
+
 from accounting.contract.errors import BodyTooLarge, MalformedHttp
 
 _LINE_LIMIT = 4096
 _TRAILER_LIMIT = 16_384
 _HEX = frozenset(b"0123456789abcdefABCDEF")
+_EXTENSION = re.compile(rb"[\t -~\x80-\xff]*")
+_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
 
 
 class ChunkedBody:
@@ -69,9 +73,11 @@ class ChunkedBody:
         return None
 
     def _start_chunk(self, line: bytes) -> None:
-        digits, extended, _ = line.partition(b";")
+        digits, extended, extension = line.partition(b";")
         if extended:
             digits = digits.rstrip(b" \t")
+            if not _EXTENSION.fullmatch(extension):
+                raise MalformedHttp("A chunk extension is malformed.")
         if not 1 <= len(digits) <= 15 or not _HEX.issuperset(digits):
             raise MalformedHttp("A chunk size is malformed.")
         size = int(digits, 16)
@@ -86,5 +92,5 @@ class ChunkedBody:
 
     def _skip_trailer(self, line: bytes) -> None:
         self._trailer_bytes += len(line)
-        if self._trailer_bytes > _TRAILER_LIMIT or b":" not in line or line[:1] in b" \t:":
+        if self._trailer_bytes > _TRAILER_LIMIT or not _TRAILER.fullmatch(line):
             raise MalformedHttp("A trailer is malformed.")

@@ -4,10 +4,15 @@ llhttp does the reading; this file adds what a proxy must also insist on: one he
 no header twice that may stand once, no upgrade, a host, HTTP/1.0 or 1.1.
 """
 
+import re
+
 import httptools
 
 from accounting.contract.errors import Failure, MalformedHttp
 
+# llhttp also takes RTSP and ICE, several spaces, an empty line of a bare LF before it.
+_START_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/1\.[01]\r\n")
+_USUAL_START = b"POST /v1/chat/completions HTTP/1.1\r\n"  # 0.06 µs where the search takes 0.2
 _ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"host", b"expect"})
 
 
@@ -56,6 +61,8 @@ class HeadParser:
 
 def parse_head(head: bytes) -> Request:
     """A whole request head, blank line included. Raises MalformedHttp."""
+    if not head.startswith(_USUAL_START) and _START_LINE.match(head) is None:
+        raise MalformedHttp()
     found = HeadParser()
     parser = httptools.HttpRequestParser(found)
     try:
@@ -73,7 +80,9 @@ def parse_head(head: bytes) -> Request:
     request.method = parser.get_method()
     request.path = path_of(found.url)
     request.headers = found.headers
-    request.keep_alive = version == "1.1" and parser.should_keep_alive()
+    connection = found.headers.get(b"connection")
+    stays = connection is None or b"close" not in connection.lower()
+    request.keep_alive = version == "1.1" and stays
     request.http_1_0 = version == "1.0"
     return request
 

@@ -22,8 +22,15 @@ from proxy.chunked import ChunkedBody
 from proxy.http_head import Request, parse_head
 
 FAST_PATHS = frozenset({b"/v1/chat/completions"})
+_EMPTY_LINE = b"\r\n"
 _END = b"\r\n\r\n"
+_SPACE = b" \t"  # may stand around a value (RFC 9110 §5.5); the parser leaves what follows one
 _LENGTH_DIGITS = 15
+
+
+def _start_of(data: bytes) -> int:
+    """Where a head starts: one empty line before it is skipped (RFC 9112 §2.2)."""
+    return 2 if data.startswith(_EMPTY_LINE) else 0
 
 
 class RequestReader:
@@ -54,7 +61,7 @@ class RequestReader:
         """What has begun to arrive: `head`, `body`, or nothing."""
         if self._reading is not None:
             return "body"
-        return "head" if self._buffer else ""
+        return "head" if self._buffer and self._buffer != _EMPTY_LINE else ""
 
     @property
     def full(self) -> bool:
@@ -97,9 +104,7 @@ class RequestReader:
             data = self._read_head(data, end + len(_END))
 
     def _keep_partial_head(self, data: bytes) -> None:
-        if data.startswith(b"\r\n"):
-            data = data[2:]
-        if len(data) > self._settings.head_limit_bytes:
+        if len(data) - _start_of(data) > self._settings.head_limit_bytes:
             raise HeadTooLarge
         if b"\n\n" in data or b"\0" in data:
             raise MalformedHttp
@@ -107,7 +112,7 @@ class RequestReader:
 
     def _read_head(self, data: bytes, end: int) -> bytes:
         """One head at the start of `data`; returns what follows it."""
-        start = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 §2.2: one empty line is skipped
+        start = _start_of(data)
         if end - start > self._settings.head_limit_bytes:
             raise HeadTooLarge
         request = parse_head(data[start:end])
@@ -127,13 +132,17 @@ class RequestReader:
         limit = self._settings.body_limit_bytes
         length = headers.get(b"content-length")
         coding = headers.get(b"transfer-encoding")
+        expectation = headers.get(b"expect")
         self._reading = request
+        if expectation is not None and expectation.rstrip(_SPACE).lower() != b"100-continue":
+            raise ExpectationFailed
         if coding is not None:
-            if length is not None or request.http_1_0 or coding.lower() != b"chunked":
+            plain = coding.rstrip(_SPACE).lower() == b"chunked"
+            if length is not None or request.http_1_0 or not plain:
                 raise MalformedHttp
             self._chunked = ChunkedBody(limit)
         else:
-            digits = length or b"0"
+            digits = b"0" if length is None else length.rstrip(_SPACE)
             if not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
                 raise MalformedHttp
             self._missing = int(digits)
@@ -141,10 +150,7 @@ class RequestReader:
                 raise BodyTooLarge
             if not self._missing:
                 self._finish(request, b"")
-        expectation = headers.get(b"expect")
         if expectation is not None:
-            if expectation.lower() != b"100-continue":
-                raise ExpectationFailed
             self.owes_continue = not whole and self._reading is not None
 
     def _read_body(self, request: Request, data: bytes) -> bytes:

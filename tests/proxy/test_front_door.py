@@ -58,6 +58,12 @@ MALFORMED = {
     "HTTP/2.0": head(f"POST {CHAT} HTTP/2.0", HOST, LENGTH) + BODY,
     "HTTP/1.2": head(f"POST {CHAT} HTTP/1.2", HOST, LENGTH) + BODY,
     "HTTP/0.9": b"GET /\r\n\r\n",
+    "RTSP/1.0": head(f"POST {CHAT} RTSP/1.0", HOST, LENGTH) + BODY,
+    "ICE/1.0": head(f"SOURCE {CHAT} ICE/1.0", HOST),
+    "two spaces before the target": head(f"POST  {CHAT} HTTP/1.1", HOST, LENGTH) + BODY,
+    "two spaces after the target": head(f"POST {CHAT}  HTTP/1.1", HOST, LENGTH) + BODY,
+    "LF before the request": b"\n" + head(POST, HOST, LENGTH) + BODY,
+    "two empty lines before": b"\r\n\r\n" + head(POST, HOST, LENGTH) + BODY,
     "a space in the target": head(f"POST {CHAT}/a b HTTP/1.1", HOST, LENGTH) + BODY,
     "a method of small letters": head(f"post {CHAT} HTTP/1.1", HOST, LENGTH) + BODY,
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n",
@@ -73,7 +79,10 @@ MALFORMED = {
     "a chunk line with bare LF": head(POST, HOST, CHUNKED) + b"5\nhello\r\n0\r\n\r\n",
     "a long chunk extension": head(POST, HOST, CHUNKED) + b"5;" + b"a" * 5000,
     "a trailer without colon": head(POST, HOST, CHUNKED) + b"0\r\nnonsense\r\n\r\n",
+    "a control in a chunk extension": head(POST, HOST, CHUNKED) + b"5;a=\0\r\nhello\r\n0\r\n\r\n",
+    "a trailer with space before its colon": head(POST, HOST, CHUNKED) + b"0\r\nA : b\r\n\r\n",
     "other expectation": head(POST, HOST, LENGTH, "Expect: 200-ok") + BODY,
+    "other expectation of nothing": head(POST, HOST, "Content-Length: 0", "Expect: 200-ok"),
 }
 
 
@@ -83,7 +92,7 @@ async def test_malformed_http_is_refused_and_closed(proxy: Scene, name: str) -> 
     authorized = MALFORMED[name].replace(
         b"\r\n", b"\r\nAuthorization: Bearer " + key.secret.encode() + b"\r\n", 1
     )
-    if name == "HTTP/0.9" or name == "TLS" or name == "bare LF":
+    if name in ("HTTP/0.9", "TLS", "bare LF", "two empty lines before"):
         authorized = MALFORMED[name]
     async with proxy.no_trace():
         client = await proxy.client()
@@ -195,6 +204,23 @@ async def test_connection_close_is_obeyed(proxy: Scene) -> None:
         answer = await client.answer()
         assert answer.status == 200 and answer.headers["connection"] == "close"
         assert await client.left()
+
+
+async def test_connection_close_is_obeyed_after_a_request_without_a_body(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    client >> request(key.secret, Connection="keep-alive, Close")
+    answer = await client.answer()
+    assert answer.refused == (400, "invalid_json") and answer.headers["connection"] == "close"
+    assert await client.left()
+
+
+async def test_spaces_around_a_value_are_no_part_of_it(proxy: Scene) -> None:
+    key, client = proxy.seeds.key(), await proxy.client()
+    authorization = f"Authorization:Bearer {key.secret} \t"
+    client >> head(POST, "Host:x ", f"Content-Length: \t {len(BODY)} \t", authorization) + BODY
+    client >> head(POST, HOST, CHUNKED + " ", authorization) + WHOLE_CHUNK
+    client >> head(POST, HOST, LENGTH, "Expect:100-Continue ", authorization) + BODY
+    assert [(await client.answer()).status for _ in range(3)] == [200] * 3
 
 
 async def test_http_1_0_gets_a_plain_body_and_a_close(proxy: Scene) -> None:
