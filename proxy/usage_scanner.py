@@ -65,7 +65,7 @@ class StreamScanner:
     """
 
     __slots__ = (
-        "_closed", "_last", "_splitter", "_strip_nulls", "_twice", "_unread",
+        "_before", "_closed", "_last", "_splitter", "_strip_nulls", "_twice", "_unread",
         "chunk_head", "done", "envelope", "events", "failed", "relayed_bytes", "usage", "usage_raw",
     )  # fmt: skip
 
@@ -75,6 +75,7 @@ class StreamScanner:
         self.envelope = 0
         self._twice = 0
         self._unread = 0  # bytes of the first chunk that say who speaks, not what
+        self._before = b""  # what comes after a finish reason may come alone: an empty choice
         self._last = b""
         self._closed = False  # the usage chunk that ends an answer has passed
         self.events = 0
@@ -94,10 +95,9 @@ class StreamScanner:
             block = block.replace(b',"usage":null', b"")
         in_question = b"[DONE]" in block or b'"error"' in block
         if b'"usage"' in block:
+            if self._strip_nulls:
+                block = _USAGE_NULL.sub(b"", block)
             in_question = in_question or _USAGE_VALUE.search(block) is not None
-            if self._strip_nulls and not in_question:
-                in_question = b'"choices":[]' in block
-                block = block if in_question else _without_nulls(block)
         if in_question:
             block = b"".join([self._keep(event) for event in split_events(block)])
             if not block:
@@ -107,7 +107,7 @@ class StreamScanner:
         self.events += 1 if len(block) < self._twice else max(1, block.count(b"data:"))
         self.relayed_bytes += len(block)
         if not block.startswith(b":"):
-            self._last = block
+            self._before, self._last = self._last, block
         return block
 
     def finish(self) -> bytes:
@@ -121,7 +121,7 @@ class StreamScanner:
     @property
     def finished(self) -> bool:
         """The answer came to its end: `[DONE]`, its usage chunk or a finish reason was seen."""
-        return self.done or self._closed or bool(_FINISHED.search(self._last))
+        return self.done or self._closed or bool(_FINISHED.search(self._before + self._last))
 
     def estimate_output(self) -> int:
         """Output tokens so far, from what was relayed."""
@@ -162,20 +162,14 @@ class StreamScanner:
             self._read_usage(event)
             return b""
         if bytes(chunk.usage) in _NO_USAGE:
-            return self._keep_without_usage(event, chunk)
+            return event
         self._note_usage(bytes(chunk.usage))
         if _has_choices(chunk):
-            return _without_usage(data, self._strip_nulls)
+            return _without_usage(event, data, self._strip_nulls)
         self._closed = True
         if self.chunk_head is None:
             self.chunk_head = chunk
         return b""
-
-    def _keep_without_usage(self, event: bytes, chunk: _Chunk) -> bytes:
-        """A usage chunk that says null is as little for the client as one with figures."""
-        if not self._strip_nulls or not bytes(chunk.usage):
-            return event
-        return _without_nulls(event) if _has_choices(chunk) else b""
 
     def _read_usage(self, event: bytes) -> None:
         chunk = _decode(event_data(event))
@@ -199,12 +193,6 @@ def _without_content(event: bytes, choices: bytes) -> tuple[int, bool]:
     return len(event) - len(delta) + len(b'{"content":""}'), content
 
 
-def _without_nulls(block: bytes) -> bytes:
-    """Without `"usage":null`, which a client that asked for no usage does not expect."""
-    block = block.replace(b',"usage":null', b"")
-    return _USAGE_NULL.sub(b"", block) if b'"usage"' in block else block
-
-
 def _has_choices(chunk: _Chunk) -> bool:
     choices = bytes(chunk.choices)
     return choices not in (b"", b"null") and not _EMPTY_LIST.fullmatch(choices)
@@ -219,9 +207,15 @@ def _decode(data: bytes | None) -> _Chunk | None:
         return None
 
 
-def _without_usage(data: bytes, drop: bool) -> bytes:
-    """A content chunk that carries usage as well: the same chunk, with `usage` null or gone."""
-    fields = _fields.decode(data.replace(b"\n", b" "))  # in JSON a line's end is but space
+def _without_usage(event: bytes, data: bytes, drop: bool) -> bytes:
+    """A content chunk that carries usage as well: the same chunk, with `usage` null or gone.
+
+    As it came where it cannot be written anew: a name in it may be no UTF-8.
+    """
+    try:
+        fields = _fields.decode(data.replace(b"\n", b" "))  # in JSON a line's end is but space
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return event
     if drop:
         del fields["usage"]
     else:

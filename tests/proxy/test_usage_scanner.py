@@ -255,6 +255,11 @@ STREAMS: dict[str, tuple[bytes, bytes, TokenUsage | None]] = {  # in, out, usage
         b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
         TOKENS,
     ),
+    "a name that is no UTF-8": (
+        b'data: {"choices":[{}],"\xff":1,"usage":{"prompt_tokens":12,"completion_tokens":7}}\n\n',
+        b'data: {"choices":[{}],"\xff":1,"usage":{"prompt_tokens":12,"completion_tokens":7}}\n\n',
+        TOKENS,
+    ),
     "ids null, empty and of any kind": (
         chunk("a", id=None, created=None, model=None)
         + chunk("b", id={"x": [1]}, created="now", model=7)
@@ -390,6 +395,21 @@ def test_the_usage_given_on_is_one_line() -> None:
 def test_whether_an_answer_came_to_its_end(stream: bytes, finished: bool) -> None:
     _, scanner = run(split_events(stream))
     assert scanner.finished is finished
+
+
+def test_a_finish_reason_counts_though_an_empty_chunk_follows_it() -> None:
+    stream = chunk("a") + chunk(choices=[{"delta": {}, "finish_reason": "stop"}])
+    for after in (b"\n\n", chunk(choices=[])):
+        _, scanner = run([stream, after])
+        assert scanner.finished
+
+
+@pytest.mark.parametrize("other", [b"", chunk("b"), chunk("b", usage=USAGE), b"data: []\n\n"])
+@pytest.mark.parametrize("null", [b'{"usage":null}', b'{"usage" : null, "choices": []}'])
+def test_what_a_null_is_next_to_changes_nothing(null: bytes, other: bytes) -> None:
+    event = b"data: " + null + b"\n\n"
+    for first, second in ((event, other), (other, event), (event, event)):
+        assert run([first, second])[0] == run([first + second])[0]
 
 
 def test_the_first_chunk_with_a_choice_stands_for_all() -> None:
