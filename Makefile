@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SCENARIO ?= all
+MINUTES ?= 5
+SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint bench clean
+.PHONY: help setup run test check chaos lint bench clean
 
 help: ## What can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -22,6 +24,9 @@ test: lint ## The whole test suite, against real Redis and Postgres
 
 check: lint ## Style, types and the quick tests: seconds
 	@$(BIN)/python -m pytest --ignore=tests/journeys -m "not processes and not stores"
+
+chaos: $(READY) ## Search for faults at random (MINUTES=5; SEED=… begins where one was found)
+	@$(BIN)/python -m tests.fuzz $(MINUTES) $(SEED)
 
 lint: $(READY) ## Style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
