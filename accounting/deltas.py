@@ -94,9 +94,17 @@ async def reached(pool: Any, redis: Redis, workspace_id: str) -> bool:
         await apply_pending(pool, redis, workspace_id)
     except (*OUTAGES, WalletLostError) as error:
         _log.warning("credits of %s will reach Redis later: %s", workspace_id, type(error).__name__)
-    return not await pool.fetchval(
-        "select exists (select from redis_deltas where workspace_id = $1 and applied_at is null)",
-        workspace_id,
+    return not await waiting(pool, workspace_id)
+
+
+async def waiting(connection: Any, workspace_id: str) -> bool:
+    """Whether money of a workspace has yet to move in Redis."""
+    return bool(
+        await connection.fetchval(
+            "select exists (select from redis_deltas"
+            " where workspace_id = $1 and applied_at is null)",
+            workspace_id,
+        )
     )
 
 

@@ -69,11 +69,7 @@ async def _forfeit(
     grant = await connection.fetchrow(
         "select kind, remaining_ucr, forfeited_ucr, expires_at from grants where id = $1", grant_id
     )
-    waiting = await connection.fetchval(
-        "select exists (select from redis_deltas where workspace_id = $1 and applied_at is null)",
-        workspace_id,
-    )
-    if waiting:
+    if await deltas.waiting(connection, workspace_id):
         return 0
     needed: int | None = 0
     if grant["remaining_ucr"]:

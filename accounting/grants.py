@@ -8,7 +8,7 @@ which grants are burned in `postings.py`.
 
 from collections import defaultdict
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -61,6 +61,15 @@ class Grant(Struct, frozen=True):
     source_ref: str
 
 
+class Source(NamedTuple):
+    """Where a grant comes from: the journal's kind, who pays under which code, what is told."""
+
+    journal_kind: str
+    account: str
+    code: int
+    told: str
+
+
 async def issue(
     connection: Any,
     workspace_id: str,
@@ -88,10 +97,49 @@ async def issue(
     )
     if before:
         return _same(Grant(*before), workspace_id, kind, amount_ucr, expires_at)
+    return await add(
+        connection,
+        workspace_id,
+        kind,
+        amount_ucr,
+        expires_at,
+        source_ref,
+        Source(kind, funded_by or FUNDED_BY[kind], FUND, "grant.issued"),
+    )
+
+
+async def add(
+    connection: Any,
+    workspace_id: str,
+    kind: str,
+    amount_ucr: int,
+    expires_at: datetime | None,
+    source_ref: str,
+    source: Source,
+    parent_id: str | None = None,
+) -> Grant:
+    """Make a grant whose wallet is locked; what had been used beyond the wallet is repaid first.
+
+    Raises GrantError, and asyncpg.UniqueViolationError for a repeated source or parent.
+    """
     await _check_room(connection, workspace_id, amount_ucr)
-    owed = min(amount_ucr, await ledger.receivable_ucr(connection, workspace_id))
-    grant = await _insert(connection, workspace_id, kind, amount_ucr, owed, expires_at, source_ref)
-    await _post(connection, grant, owed, funded_by or FUNDED_BY[kind])
+    owed = max(0, min(amount_ucr, await ledger.receivable_ucr(connection, workspace_id)))
+    row = await connection.fetchrow(
+        "insert into grants (id, workspace_id, kind, priority, amount_ucr, consumed_ucr,"  # noqa: S608
+        " expires_at, source_ref, parent_id) values ($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+        f" returning {_COLUMNS}",
+        new_id("grant"),
+        workspace_id,
+        kind,
+        PRIORITIES[kind],
+        amount_ucr,
+        owed,
+        expires_at,
+        source_ref,
+        parent_id,
+    )
+    grant = Grant(*row)
+    await _post(connection, grant, owed, source)
     return grant
 
 
@@ -115,39 +163,14 @@ async def _check_room(connection: Any, workspace_id: str, amount_ucr: int) -> No
         raise GrantError("the balance would be more than a wallet can hold")
 
 
-async def _insert(
-    connection: Any,
-    workspace_id: str,
-    kind: str,
-    amount_ucr: int,
-    owed_ucr: int,
-    expires_at: datetime | None,
-    source_ref: str,
-) -> Grant:
-    row = await connection.fetchrow(
-        "insert into grants (id, workspace_id, kind, priority, amount_ucr, consumed_ucr,"  # noqa: S608
-        " expires_at, source_ref) values ($1, $2, $3, $4, $5, $6, $7, $8)"
-        f" returning {_COLUMNS}",
-        new_id("grant"),
-        workspace_id,
-        kind,
-        PRIORITIES[kind],
-        amount_ucr,
-        owed_ucr,
-        expires_at,
-        source_ref,
-    )
-    return Grant(*row)
-
-
-async def _post(connection: Any, grant: Grant, owed_ucr: int, funded_by: str) -> None:
+async def _post(connection: Any, grant: Grant, owed_ucr: int, source: Source) -> None:
     wallet = wallet_account(grant.kind)
-    transfers = [Transfer(funded_by, wallet, grant.amount_ucr, grant.id, FUND)]
+    transfers = [Transfer(source.account, wallet, grant.amount_ucr, grant.id, source.code)]
     if owed_ucr:
         transfers.append(Transfer(wallet, RECEIVABLE, owed_ucr, grant.id, REPAID))
     [journal_id] = await ledger.new_journal_ids(connection, 1)
     journal = Journal(
-        kind=grant.kind,
+        kind=source.journal_kind,
         workspace_id=grant.workspace_id,
         dedupe_key=f"grant:{grant.source_ref}",
         transfers=transfers,
@@ -155,11 +178,9 @@ async def _post(connection: Any, grant: Grant, owed_ucr: int, funded_by: str) ->
         details={"grant_id": grant.id},
     )
     await ledger.post(connection, [journal])
-    await deltas.record(connection, grant.workspace_id, grant.amount_ucr, journal_id, None)
-    await outbox.tell(
-        connection,
-        [Told(grant.workspace_id, journal_id, "grant.issued", {"grant_id": grant.id})],
-    )
+    await deltas.record(connection, grant.workspace_id, grant.amount_ucr, journal_id)
+    told = Told(grant.workspace_id, journal_id, source.told, {"grant_id": grant.id})
+    await outbox.tell(connection, [told])
 
 
 async def list_all(connection: Any, workspace_id: str) -> list[Grant]:

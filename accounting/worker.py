@@ -18,7 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from accounting import deltas, expiry, partitions, reaper, rebuild
+from accounting import deltas, expiry, partitions, reaper, rebuild, withdrawals
 from accounting.consumer import Consumer
 from accounting.contract.settings import Settings
 from accounting.counters import Counters
@@ -118,6 +118,7 @@ class Chores:
                 self._rebuild,
                 self._deltas,
                 self._expiry,
+                self._withdrawals,
                 self._reap,
             ):
                 await self._do(chore)
@@ -158,6 +159,10 @@ class Chores:
         """What is left of grants past their time."""
         longest = self._settings.total_timeout_seconds
         self._counters.expired_ucr += await expiry.sweep(self._pool, self._redis, longest)
+
+    async def _withdrawals(self) -> None:
+        """Those that were asked for and broken off."""
+        await withdrawals.finish_abandoned(self._pool, self._redis)
 
     async def _reap(self) -> None:
         """What workers of lost hosts still lease."""

@@ -14,7 +14,7 @@ from accounting import keys
 from admin_api.account import keys as account_keys
 from admin_api.account import wallet
 from admin_api.call import Call
-from admin_api.operator import grants, workspaces
+from admin_api.operator import corrections, grants, workspaces
 from admin_api.operator import keys as operator_keys
 from admin_api.payloads import Body
 
@@ -109,6 +109,48 @@ ROUTES = (
         kept=True,
     ),
     Route(
+        operation="admin.grants.list",
+        method="GET",
+        path=f"{_WORKSPACE}/grants",
+        summary="A workspace's grants and what became of them, the newest first.",
+        caller=Caller.OPERATOR,
+        handle=grants.list_all,
+        answer=grants.GrantList,
+    ),
+    Route(
+        operation="admin.grants.refund",
+        method="POST",
+        path="/v1/admin/grants/{id}/refund",
+        summary="Take unused credits of a topup back, all that is asked or nothing.",
+        caller=Caller.OPERATOR,
+        handle=corrections.refund,
+        body=corrections.NewRefund,
+        answer=corrections.WithdrawalSummary,
+        kept=True,
+    ),
+    Route(
+        operation="admin.grants.claw_back",
+        method="POST",
+        path="/v1/admin/grants/{id}/claw-back",
+        summary="Take back what is left of a grant, but for what open requests hold.",
+        caller=Caller.OPERATOR,
+        handle=corrections.claw_back,
+        body=corrections.NewClawback,
+        answer=corrections.WithdrawalSummary,
+        kept=True,
+    ),
+    Route(
+        operation="admin.usage.reverse",
+        method="POST",
+        path="/v1/admin/usage/{id}/reverse",
+        summary="Charge a recorded request less, or nothing; the grants that paid get it back.",
+        caller=Caller.OPERATOR,
+        handle=corrections.reverse,
+        body=corrections.NewReversal,
+        answer=corrections.ReversalSummary,
+        kept=True,
+    ),
+    Route(
         operation="admin.keys.create",
         method="POST",
         path=f"{_WORKSPACE}/keys",
@@ -128,6 +170,16 @@ ROUTES = (
         caller=Caller.KEY,
         handle=wallet.balance,
         answer=wallet.WalletBalance,
+    ),
+    Route(
+        operation="account.wallet.restore",
+        method="POST",
+        path="/v1/account/wallet/restore",
+        summary="Get forfeited credits back within the time of grace.",
+        caller=Caller.KEY,
+        handle=wallet.restore,
+        answer=wallet.WalletRestoreResult,
+        kept=True,
     ),
     Route(
         operation="account.whoami",

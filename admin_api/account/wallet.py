@@ -5,7 +5,7 @@ from datetime import datetime
 
 from msgspec import Struct
 
-from accounting import trials, workspaces
+from accounting import restoring, trials, workspaces
 from admin_api.call import Call
 from admin_api.payloads import Body, Usd
 
@@ -25,6 +25,15 @@ class WalletBalance(Struct, kw_only=True):
     held_usd: Usd
     currency: str = "USD"
     trial: TrialCredits
+
+
+class WalletRestoreResult(Struct, kw_only=True):
+    """`restored`: whether anything came back, and `restored_usd` how much."""
+
+    account_id: str
+    restored: bool
+    restored_usd: Usd
+    balance_usd: Usd
 
 
 class AccountSummary(Struct, kw_only=True):
@@ -47,6 +56,18 @@ async def balance(call: Call[Body]) -> WalletBalance:
         available_usd=Usd(wallet.available_ucr),
         held_usd=Usd(wallet.held_ucr),
         trial=TrialCredits(Usd(trial.remaining_ucr), trial.expires_at),
+    )
+
+
+async def restore(call: Call[Body]) -> WalletRestoreResult:
+    workspace_id = call.own.workspace.id
+    done = await restoring.restore(call.pool, call.redis, workspace_id, call.attempt.resource_id)
+    wallet = await workspaces.balance(call.redis, workspace_id)
+    return WalletRestoreResult(
+        account_id=workspace_id,
+        restored=done.restored_ucr > 0,
+        restored_usd=Usd(done.restored_ucr),
+        balance_usd=Usd(wallet.settled_ucr),
     )
 
 

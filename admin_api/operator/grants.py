@@ -5,7 +5,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from accounting import funding
+from accounting import funding, grants, workspaces
+from accounting.grants import Grant
 from admin_api.call import Call
 from admin_api.payloads import Amount, Body, Instant, Usd, amount_ucr, future
 
@@ -29,6 +30,43 @@ class GrantSummary(Struct, kw_only=True):
     remaining_usd: Usd
     expires_at: datetime | None
     spendable: bool
+
+
+class ListedGrant(Struct, kw_only=True):
+    """What became of it: amount = consumed + forfeited + refunded + remaining."""
+
+    grant_id: str
+    kind: str
+    amount_usd: Usd
+    consumed_usd: Usd
+    forfeited_usd: Usd
+    refunded_usd: Usd
+    remaining_usd: Usd
+    effective_at: datetime
+    expires_at: datetime | None
+
+
+class GrantList(Struct):
+    grants: list[ListedGrant]
+
+
+async def list_all(call: Call[Body]) -> GrantList:
+    workspace = await workspaces.get(call.pool, call.identifier("ws"))
+    return GrantList([_listed(one) for one in await grants.list_all(call.pool, workspace.id)])
+
+
+def _listed(grant: Grant) -> ListedGrant:
+    return ListedGrant(
+        grant_id=grant.id,
+        kind=grant.kind,
+        amount_usd=Usd(grant.amount_ucr),
+        consumed_usd=Usd(grant.consumed_ucr),
+        forfeited_usd=Usd(grant.forfeited_ucr),
+        refunded_usd=Usd(grant.refunded_ucr),
+        remaining_usd=Usd(grant.remaining_ucr),
+        effective_at=grant.effective_at,
+        expires_at=grant.expires_at,
+    )
 
 
 async def create(call: Call[NewGrant]) -> GrantSummary:

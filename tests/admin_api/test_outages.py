@@ -26,17 +26,18 @@ async def test_without_postgres_every_route_answers_503(
     api = api_on_lines
     workspace_id = await api.new_workspace()
     _, secret = await api.new_key(workspace_id)
-    bodies = {"grants": {"kind": "topup", "amount_usd": 1}, "keys": {"name": "a"}}
+    bodies = {
+        "admin.workspaces.create": {"name": "a"},
+        "admin.grants.create": {"kind": "topup", "amount_usd": 1},
+        "admin.grants.refund": {"amount_usd": 1},
+        "admin.keys.create": {"name": "a"},
+    }
+    ids = {"workspaces": workspace_id, "grants": new_id("grant"), "usage": new_id("req")}
     await postgres_line.cut()
     for route in ROUTES:
-        path = route.path.replace(
-            "{id}", new_id("key") if route.caller is Caller.KEY else workspace_id
-        )
+        path = route.path.replace("{id}", ids.get(route.path.split("/")[3], new_id("key")))
         token = secret if route.caller is Caller.KEY else OPERATOR
-        body = bodies.get(route.path.rpartition("/")[2], {"name": "a"})
-        sent = body if route.method == "POST" and "{id}/s" not in route.path else None
-        sent = None if route.operation.endswith("resume") else sent
-        answer = await api.call(route.method, path, token, sent)
+        answer = await api.call(route.method, path, token, bodies.get(route.operation))
         assert is_outage(answer), (route.template, answer)
     assert (await api.call("GET", "/v1/account/balance", "inf_" + "x" * 43)).status == 503
     assert (await api.call("GET", "/v1/account/balance", "nonsense")).status == 401
