@@ -3,9 +3,11 @@
 Owns the cells: one shared file, a row of 64-bit integers per worker, written by that worker
 with plain stores and read by the supervisor at scrape. A row has one worker at a time; the
 next one goes on counting where it stopped, so counters never fall. There is a row more than
-workers: while one is rolled, it and its successor both count.
+workers: while one is rolled, it and its successor both count. The file ends in a digest of
+the layout: a roll may bring a worker whose code knows other cells than the supervisor's.
 """
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -73,7 +75,12 @@ for _metric in METRICS:
     for _value in _metric.values:
         CELLS[_metric.name, _value] = len(CELLS)
 assert len(CELLS) * _CELL_BYTES <= ROW_BYTES
+_LAYOUT = hashlib.sha256(repr(sorted(CELLS.items())).encode()).digest()
 _GAUGES = [CELLS[m.name, value] for m in METRICS if m.kind == "gauge" for value in m.values]
+
+
+class LayoutError(OSError):
+    """The shared file is of code that counts other things."""
 
 
 def cell(name: str, value: str = "") -> int:
@@ -81,9 +88,11 @@ def cell(name: str, value: str = "") -> int:
 
 
 class Counters:
-    """One worker's row. `cells[i] += 1` costs no more than a list's."""
+    """One worker's row. `cells[i] += 1` costs no more than a list's. Raises LayoutError."""
 
     def __init__(self, path: Path, row: int) -> None:
+        if path.read_bytes()[-len(_LAYOUT) :] != _LAYOUT:
+            raise LayoutError("metrics have changed: stop and start the proxy instead")
         self.cells = _map(path, row)
         for index in _GAUGES:
             self.cells[index] = 0
@@ -125,7 +134,7 @@ class Counters:
 
 def create(path: Path, rows: int) -> None:
     """Make the shared file, empty, for so many workers."""
-    path.write_bytes(bytes(rows * ROW_BYTES))
+    path.write_bytes(bytes(rows * ROW_BYTES) + _LAYOUT)
     path.chmod(0o600)
 
 
