@@ -13,7 +13,7 @@ from msgspec import Raw, Struct
 
 from accounting.contract.usage_event import TokenUsage
 from proxy.provider_usage import estimate_output, token_usage
-from proxy.sse import EventSplitter, event_data, split_events
+from proxy.sse import EventSplitter, each_event, event_data
 
 _USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
 # `,"usage":null` cannot be part of a text: a quote in JSON text has a backslash before it.
@@ -21,6 +21,9 @@ _USAGE_NULL = re.compile(
     rb',[ \t]*"usage"[ \t]*:[ \t]*null|(?<!\\)"usage"[ \t]*:[ \t]*null[ \t]*,[ \t]*'
 )
 _EMPTY_LIST = re.compile(rb"\[\s*\]")
+_MARKS = (b"[DONE]", b'"error"', b'"usage"')
+_LARGE = 16_384  # bytes; of a larger block no more is kept
+_BYTES_PER_HOP = 512
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
@@ -91,23 +94,28 @@ class StreamScanner:
         block = self._splitter.whole_events(data)
         if not block:
             return block
-        if self._strip_nulls:
+        # Backwards a search skips what cannot match: 0.3 µs for a small chunk, forwards 0.6.
+        has_usage = block.rfind(b'"usage"') >= 0
+        if has_usage and self._strip_nulls:
             block = block.replace(b',"usage":null', b"")
-        in_question = b"[DONE]" in block or b'"error"' in block
-        if b'"usage"' in block:
+            has_usage = block.rfind(b'"usage"') >= 0
+        in_question = block.rfind(b"[DONE]") >= 0 or block.rfind(b'"error"') >= 0
+        if has_usage:
             if self._strip_nulls:
                 block = _USAGE_NULL.sub(b"", block)
             in_question = in_question or _USAGE_VALUE.search(block) is not None
         if in_question:
-            block = b"".join([self._keep(event) for event in split_events(block)])
+            block = self._look_into(block)
             if not block:
                 return block
         if not self.envelope:
             self._read_first(block)
-        self.events += 1 if len(block) < self._twice else max(1, block.count(b"data:"))
+        self.events += 1 if len(block) < self._twice else max(1, _count_events(block))
         self.relayed_bytes += len(block)
         if not block.startswith(b":"):
             self._before, self._last = self._last, block
+            if len(block) > _LARGE:
+                self._last = block[-_LARGE:]
         return block
 
     def finish(self) -> bytes:
@@ -134,7 +142,7 @@ class StreamScanner:
 
     def _read_first(self, block: bytes) -> None:
         """The first chunk with a choice tells what all have in common."""
-        for event in split_events(block):
+        for event in each_event(block):
             chunk = _decode(event_data(event))
             if chunk is not None and _has_choices(chunk):
                 self.chunk_head = chunk
@@ -142,6 +150,14 @@ class StreamScanner:
                 self._unread = 0 if content else len(event) - self.envelope
                 self._twice = 2 * self.envelope
                 return
+
+    def _look_into(self, block: bytes) -> bytes:
+        """The block event by event, from the first that has a mark."""
+        first = min(at for mark in _MARKS if (at := block.find(mark)) >= 0)
+        before = block.rfind(b"\n\n", 0, first)
+        start = before + 2 if before >= 0 else 0
+        kept = [self._keep(event) for event in each_event(block[start:])]
+        return b"".join([block[:start], *kept])
 
     def _keep(self, event: bytes) -> bytes:
         """The event as the client gets it; empty when it is not for the client."""
@@ -181,6 +197,20 @@ class StreamScanner:
         if usage is not None:
             self.usage = usage
             self.usage_raw = raw.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def _count_events(block: bytes) -> int:
+    """Events with data in whole events, about. In large events line ends are far apart, for
+    JSON text has none: to go from one to the next is memchr's work, 5 µs where to count the
+    events of 250 kB takes 114."""
+    found, at = 0, -1
+    if len(block) >= _LARGE:
+        for _ in range(len(block) // _BYTES_PER_HOP):
+            found += block.startswith(b"data:", at + 1)
+            at = block.find(b"\n", at + 1)
+            if at < 0:
+                return found
+    return found + block.count(b"data:", at + 1)
 
 
 def _without_content(event: bytes, choices: bytes) -> tuple[int, bool]:

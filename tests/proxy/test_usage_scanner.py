@@ -526,3 +526,36 @@ def decoded(data: bytes) -> object:
     if isinstance(body, dict) and body.get("usage", 0) is None:
         del body["usage"]
     return body
+
+
+# Large blocks: looked through another way, to the same end
+
+
+@pytest.mark.parametrize("content", ["", "x" * 30, "many words " * 400, "data: \n\n" * 500])
+@pytest.mark.parametrize("nulls", [b"", b',"usage":null'])
+def test_a_large_block_is_read_as_its_events_are(content: str, nulls: bytes) -> None:
+    text = json.dumps(content).encode()
+    event = b'data: {"choices":[{"delta":{"content":%b},"finish_reason":"x"}]%b}\n\n' % (
+        text,
+        nulls,
+    )
+    events = [event] * (1 + 40_000 // len(event))
+    tail = b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(USAGE).encode()
+    at_once, in_turn = StreamScanner(LIMIT, True), StreamScanner(LIMIT, True)
+    got = at_once.pass_on(b"".join([*events, tail, DONE]))
+    assert got == b"".join(in_turn.pass_on(one) for one in [*events, tail, DONE])
+    assert got == b"".join(events).replace(nulls, b"")
+    for scanner in (at_once, in_turn):
+        assert (scanner.usage, scanner.done) == (TOKENS, True)
+        assert scanner.relayed_bytes == len(got)
+    if b"data: \\n" not in text:
+        assert at_once.events == in_turn.events == len(events)
+
+
+def test_an_answer_that_ends_in_a_large_block_is_finished() -> None:
+    scanner = StreamScanner(LIMIT, False)
+    chunk = b'data: {"choices":[{"delta":{"content":"%b"},"finish_reason":%b}]}\n\n'
+    scanner.pass_on(chunk % (b"x" * 40_000, b"null"))
+    assert not scanner.finished
+    scanner.pass_on(chunk % (b"x" * 40_000, b'"stop"'))
+    assert scanner.finished
