@@ -46,7 +46,7 @@ async def audit(pool: Any, redis: Redis, longest_exchange_seconds: float) -> lis
         _finding("R1", "balances in Redis are the ledger's", map(balance_drift, reckonings)),
         _finding("R2", "what is held is leased, and open under a key", map(held_drift, reckonings)),
         _finding("R3", "no entry of a stream is forgotten", await _stream_drifts(pool, redis)),
-        _finding("R6", "what keys have spent is their usage", _spent_drifts(reckonings)),
+        _finding("R6", "what keys have spent is their usage", spent_drifts(reckonings)),
     ]
     return findings
 
@@ -99,7 +99,7 @@ def held_drift(found: Reckoning) -> Drift:
     return None
 
 
-def _spent_drifts(reckonings: Iterable[Reckoning]) -> Iterable[Drift]:
+def spent_drifts(reckonings: Iterable[Reckoning]) -> Iterable[Drift]:
     """R6: one for each key that has spent anything, or is said to have."""
     for found in reckonings:
         counters = found.snapshot.counters

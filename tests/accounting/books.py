@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 from redis.asyncio import Redis
 
-from accounting import audit, audit_ledger, deltas, usage_posting
+from accounting import audit, audit_ledger, deltas, reckoning, usage_posting
 from accounting.contract.identifiers import ulid
 from accounting.contract.keyspace import EPOCH, stream_key
 from accounting.contract.usage_event import UsageEvent, encode_event, join_events
@@ -60,6 +60,14 @@ async def assert_clean(pool: asyncpg.Pool, redis: Redis) -> None:
     """The ledger, and Redis against it."""
     await redis.set(EPOCH, "filled")
     _assert_none_drifted(await audit.audit(pool, redis, LONGEST))
+
+
+async def assert_agree(tenant: Tenant) -> None:
+    """The ledger, and Redis against it as far as one workspace goes: quicker than all of it."""
+    await assert_ledger_clean(tenant.pool)
+    [found] = await reckoning.reckon(tenant.pool, tenant.redis, tenant.shard, [tenant.id])
+    drifts = [audit.balance_drift(found), audit.held_drift(found), *audit.spent_drifts([found])]
+    assert not any(drifts), drifts
 
 
 def _assert_none_drifted(findings: list[audit_ledger.Finding]) -> None:
