@@ -29,7 +29,7 @@ from accounting.contract.pricing import cost_ucr
 from accounting.contract.settings import Settings
 from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event
 from benchmarks.measures import Subject
-from benchmarks.micro_upstream import Reader, upstream_calls
+from benchmarks.micro_upstream import NoPool, Reader, upstream_calls
 from benchmarks.product import CATALOGUE, MODEL
 from benchmarks.provider.answers import Ask as StandInAsk
 from benchmarks.provider.answers import ChunkWriter
@@ -40,13 +40,14 @@ from proxy import replies, request_head
 from proxy.admission import Hold
 from proxy.answer import Answer
 from proxy.bill import Bill, Timing
-from proxy.http_head import Request, parse_head
+from proxy.cooldown import Cooldown, CooldownRules
+from proxy.http_head import Head, Request, parse_head
 from proxy.journal import Journal
 from proxy.key_lease import Ask
-from proxy.keys import Keys
+from proxy.keys import Keys, digest_of
 from proxy.leases import Leases
-from proxy.replay import encode_opening
 from proxy.request_reader import RequestReader
+from proxy.routing import Stop
 from proxy.settlement import batch_command
 from proxy.usage_scanner import StreamScanner
 
@@ -101,6 +102,7 @@ class Typical:
         self.record = KeyRecord(1, new_id("key"), new_id("ws"), "load", [], [])
         text = CATALOGUE.format(provider_url="http://127.0.0.1:1/v1", model=MODEL)
         self.model: Model = catalogue.parse(text, {}, sandbox=True).models[MODEL]
+        self.stop = Stop(self.model, 0, NoPool(), Cooldown(CooldownRules(30, 5, 0.5, 5, 60), print))
         subject = Subject("micro", "http://127.0.0.1:1/v1", self.secret.decode(), MODEL)
         self.request = target(subject).request
         head, _, self.body = self.request.partition(b"\r\n\r\n")
@@ -120,9 +122,8 @@ class Typical:
 
     def make_event(self) -> UsageEvent:
         """The record of the exchange."""
-        served = (self.model.targets[0], 0)
         return self.bill.event(
-            self.hold, self.tokens, "exact", "completed", 200, served, ANSWER_BYTES, 1.1
+            self.hold, self.tokens, "exact", "completed", 200, self.stop, ANSWER_BYTES, 1.1
         )
 
 
@@ -153,18 +154,20 @@ def all_steps(
 
 def reading_steps(typical: Typical) -> list[Step]:
     """From bytes to what is asked, and to the provider's body."""
-    reader = RequestReader(Settings())
+    settings = Settings()
+    repeating = RequestReader(settings)
 
-    def read() -> None:
+    def read(reader: RequestReader) -> None:
         reader.feed(typical.request)
         reader.requests.popleft()
 
     return [
         Step("parse head", lambda: parse_head(typical.http_head)),
-        Step("read request (head and body)", read),
+        Step("read request (head and body)", lambda: read(RequestReader(settings))),
+        Step("read request whose head is known", lambda: read(repeating)),
         Step("parse body", lambda: request_head.parse(typical.body)),
         Step("bound tokens and cost", typical.make_bill),
-        Step("edit body", lambda: request_head.body_for(typical.body, typical.head, MODEL)),
+        Step("edit body", lambda: request_head.body_for(typical.head, typical.stop.model_name)),
     ]
 
 
@@ -172,7 +175,8 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
     """Who asks, and may it be served."""
     keys = Keys(pipe, 100, 1e9, time.monotonic)
     authorization = b"Bearer " + typical.secret
-    keys.find(authorization, lambda found: None)
+    digest = digest_of(authorization)
+    keys.look_up(digest, lambda found: None)
     pipe.on_reply(msgspec.msgpack.encode(typical.record))
     leases = Leases(pipe, "micro", time.monotonic)
     ask = Ask(typical.bill.credits_ucr, typical.bill.tokens, 1, 1, lambda outcome: None)
@@ -201,6 +205,7 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
 
     return [
         Step("key: digest and look-up", lambda: keys.find(authorization, lambda found: None)),
+        Step("key: look-up", lambda: keys.look_up(digest, lambda found: None)),
         Step("lease: admit locally", lambda: leases.admit(typical.record, ask)),
         Step("lease: encode a call", call),
         Step("lease: encode a call, decode its reply", call_and_reply),
@@ -209,7 +214,7 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
 
 def journal_steps(typical: Typical, journal: Journal) -> list[Step]:
     """What a crash would leave."""
-    opening = encode_opening(typical.bill.opening(typical.hold, 1.0))
+    opening = typical.bill.opening(typical.hold, typical.stop)
     settle = msgspec.msgpack.encode(typical.settle)
 
     def open_and_free() -> None:
@@ -219,7 +224,7 @@ def journal_steps(typical: Typical, journal: Journal) -> list[Step]:
 
     def whole() -> None:
         slot = journal.reserve()
-        journal.open(slot, encode_opening(typical.bill.opening(typical.hold, 1.0)))
+        journal.open(slot, typical.bill.opening(typical.hold, typical.stop))
         journal.settle(slot, settle)
         journal.batched(slot, 1)
         journal.free(slot)
@@ -234,7 +239,7 @@ def stream_steps() -> list[Step]:
     """One chunk on its way."""
     chunk, with_null = chunk_bytes(usage_null=False), chunk_bytes(usage_null=True)
     plain, stripping = (StreamScanner(1 << 20, strip_nulls=True) for _ in range(2))
-    answer = Answer(NoClient(), Request(), b"req_01JD00000000000000000000AA")
+    answer = Answer(NoClient(), Request(Head()), b"req_01JD00000000000000000000AA")
     answer.started = True
     return [
         Step("scan chunk", lambda: plain.pass_on(chunk)),

@@ -3,6 +3,8 @@
 Pure: translates between asks, the figures of `lease.lua` and the answers clients see.
 """
 
+from functools import lru_cache
+
 from msgspec import Struct
 
 from accounting.contract.errors import (
@@ -22,6 +24,7 @@ from accounting.contract.errors import (
 from accounting.contract.money import format_credits
 
 MINUTE_US = 60_000_000
+_MILLISECONDS = [b"%dms" % count for count in range(1000)]
 
 
 class Hold(Struct, frozen=True):
@@ -92,22 +95,27 @@ def _short(balance: int, held: int, required: int) -> Failure:
 
 def rate_headers(now: int, rpm: int, tpm: int, requests_tat: int, tokens_tat: int) -> bytes:
     """`x-ratelimit-*` header lines; nothing for what is unlimited. Times in µs."""
-    lines = b""
+    figures: tuple[object, ...] = ()
     if rpm:
         gap = -(-MINUTE_US // rpm)
-        level = max(0, requests_tat - now)
-        lines = _rate_lines(b"requests", rpm, (rpm * gap - level) // gap, level)
+        level = requests_tat - now
+        left = max(0, rpm - -(-level // gap))
+        figures = (left, duration(level)) if level > 0 else (rpm, b"0s")
     if tpm:
-        level = max(0, tokens_tat - now)  # rounded up to a µs by the script
-        room = MINUTE_US - level + 1 if level else MINUTE_US
-        lines += _rate_lines(b"tokens", tpm, room * tpm // MINUTE_US, level)
-    return lines
+        level = tokens_tat - now  # rounded up to a µs by the script
+        room = max(0, MINUTE_US - level + 1)
+        figures += (room * tpm // MINUTE_US, duration(level)) if level > 0 else (tpm, b"0s")
+    return _rate_lines(rpm, tpm) % figures
 
 
-def _rate_lines(what: bytes, limit: int, remaining: int, level_us: int) -> bytes:
-    return (
-        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n"
-        % (what, limit, what, max(0, remaining), what, duration(level_us))
+@lru_cache(maxsize=1024)
+def _rate_lines(rpm: int, tpm: int) -> bytes:
+    """Header lines that lack what is left, and for how long: few limits serve many keys."""
+    return b"".join(
+        b"x-ratelimit-limit-%b: %d\r\n" % (what, limit)
+        + b"x-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n" % (what, what)
+        for what, limit in ((b"requests", rpm), (b"tokens", tpm))
+        if limit
     )
 
 
@@ -116,6 +124,6 @@ def duration(length_us: int) -> bytes:
     if length_us <= 0:
         return b"0s"
     if length_us <= 999_000:
-        return b"%dms" % -(-length_us // 1000)
+        return _MILLISECONDS[-(-length_us // 1000)]
     minutes, seconds = divmod(-(-length_us // 1_000_000), 60)
     return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds

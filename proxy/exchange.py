@@ -24,9 +24,9 @@ from proxy.answer import Answer, Client, Request
 from proxy.bill import NOTHING, Bill, Timing
 from proxy.journal import JournalFull
 from proxy.key_lease import Ask, KeyLease, Stale
+from proxy.keys import digest_of
 from proxy.patience import Patience
 from proxy.relay import Relay
-from proxy.replay import encode_opening
 from proxy.request_head import ChatHead
 from proxy.routing import Route
 from proxy.settlement import encode_settle
@@ -57,11 +57,11 @@ class Exchange:
     def __init__(self, services: "Services", client: Client, request: Request) -> None:
         self._services = services
         self._request = request
-        self._request_id = services.request_ids.next()
-        now = services.now()
-        self._timing = Timing(now, time.time_ns() // 1000)
+        now, now_ns = services.now(), time.time_ns()
+        self._request_id = services.request_ids.next(now_ns)
+        self._timing = Timing(now, now_ns // 1000)
         self._answer = Answer(client, request, self._request_id)
-        self._digest: bytes | None = None
+        self._digest = b""
         self._hold: Hold | None = None
         self._slot = 0
         self._tries = 0
@@ -75,8 +75,11 @@ class Exchange:
 
     def begin(self) -> None:
         self._services.exchanges.add(self)
-        authorization = self._request.headers.get(b"authorization")
-        self._digest = self._services.keys.find(authorization, self._key_found)
+        head = self._request.head
+        if head.digest is None:
+            head.digest = digest_of(head.headers.get(b"authorization"))
+        self._digest = head.digest
+        self._services.keys.look_up(head.digest, self._key_found)
 
     def _key_found(self, found: KeyRecord | Failure) -> None:
         if self._ended:
@@ -125,9 +128,7 @@ class Exchange:
             return
         self._hold = outcome
         self._answer.extra = outcome.rate_headers
-        services.journal.open(
-            self._slot, encode_opening(self._bill.opening(outcome, services.now()))
-        )
+        services.journal.open(self._slot, self._bill.opening(outcome, self._route.stop))
         if self._ended:  # the client left while the decision was on its way
             self._relay = self._new_relay()
             self._settle(NOTHING, "void", "client_left")
@@ -136,7 +137,7 @@ class Exchange:
 
     def _read_key_again(self) -> None:
         self._tries += 1
-        if self._tries >= _STALE_TRIES or self._digest is None:
+        if self._tries >= _STALE_TRIES:
             self._refuse(Unavailable())
             return
         self._services.keys.forget(self._digest)
@@ -167,7 +168,7 @@ class Exchange:
     def relay_ready(self, connection: UpstreamConnection) -> None:
         self._timing.upstream_at = self._patience.quiet_since = self._services.now()
         stop = self._route.stop
-        body = request_head.body_for(self._request.body, self._head, stop.target.model)
+        body = request_head.body_for(self._head, stop.model_name)
         connection.send(stop.request_head(_UPSTREAM_PATH, self._request_id, len(body)), body)
 
     def relay_failed(self, failure: Failure) -> None:
@@ -217,7 +218,7 @@ class Exchange:
         assert self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
         charge = self._bill.charge(tokens, self._hold)
-        quiet = self._request.headers.get(b"x-tollgate-credits-chunk", b"").lower() == b"off"
+        quiet = self._request.head.headers.get(b"x-tollgate-credits-chunk", b"").lower() == b"off"
         if quiet and not self._head.wants_usage:
             tail = replies.credits_comment(charge)
         else:
@@ -275,9 +276,8 @@ class Exchange:
             self._route.succeeded(now)
         else:
             self._route.forgone()
-        stop = self._route.stop
-        served, relayed = (stop.target, stop.depth), self._relay.answer_bytes
-        event = self._bill.event(hold, tokens, settlement, outcome, status, served, relayed, now)
+        stop, relayed = self._route.stop, self._relay.answer_bytes
+        event = self._bill.event(hold, tokens, settlement, outcome, status, stop, relayed, now)
         settle = self._bill.settle(hold, event)
         services.journal.settle(self._slot, encode_settle(settle))
         services.settlement.submit(self._lease.shard, settle, self._slot, self._lease)

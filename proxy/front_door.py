@@ -15,6 +15,7 @@ answer, never a reset, and knows that nothing was served.
 
 import asyncio
 import select
+import time
 from typing import TYPE_CHECKING, cast
 
 from accounting.contract.errors import Failure, RequestTimeout, Unavailable
@@ -38,6 +39,7 @@ class FrontDoor(asyncio.Protocol):
     __slots__ = (
         "_closing", "_exchange", "_lingering", "_outgoing", "_paused_at", "_pumping",
         "_reader", "_reading_paused", "_services", "_since", "_transport",
+        "_within",
     )  # fmt: skip
 
     def __init__(self, services: "Services") -> None:
@@ -52,6 +54,7 @@ class FrontDoor(asyncio.Protocol):
         self._reading_paused = False
         self._paused_at = 0.0
         self._since = 0.0
+        self._within = ""
 
     def __repr__(self) -> str:
         return f"FrontDoor(exchange={self._exchange!r}, reader={self._reader!r})"
@@ -96,9 +99,10 @@ class FrontDoor(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        before = self._reader.within
-        self._reader.feed(data)
-        if self._reader.within != before:
+        reader = self._reader
+        reader.feed(data)
+        if not reader.requests and reader.within != self._within:
+            self._within = reader.within
             self._since = self._services.now()
         self._pump()
 
@@ -130,6 +134,8 @@ class FrontDoor(asyncio.Protocol):
     def _set_pace(self) -> None:
         """Read on or not; turn to the other lane; tell a waiting client to go on."""
         reader = self._reader
+        if not (reader.requests or reader.foreign or reader.owes_continue or self._reading_paused):
+            return  # nothing out of the ordinary
         if self._transport is None or self._closing:
             return
         if self._exchange is None and not reader.requests:
@@ -148,9 +154,9 @@ class FrontDoor(asyncio.Protocol):
                 self._transport.resume_reading()
 
     def _answer_refused(self, request: Request, failure: Failure) -> None:
-        request_id = self._services.request_ids.next().decode()
+        request_id = self._services.request_ids.next(time.time_ns()).decode()
         answer = replies.error_reply(failure, request_id, close=True)
-        if request.method == b"HEAD":
+        if request.head.method == b"HEAD":
             answer = replies.head_of(answer)
         self.write(answer)
         self._linger()
@@ -194,6 +200,7 @@ class FrontDoor(asyncio.Protocol):
 
     def exchange_done(self, close: bool) -> None:
         self._exchange = None
+        self._within = ""
         self._since = self._services.now()
         if close:
             self._linger()

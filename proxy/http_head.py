@@ -1,4 +1,4 @@
-"""[1] One request head, strictly: bytes up to the blank line become a `Request`; sans-IO.
+"""[1] One request head, strictly: bytes up to the blank line become a `Head`; sans-IO.
 
 llhttp does the reading; this file adds what a proxy must also insist on: one head per head,
 no header twice that may stand once, no upgrade, a host, HTTP/1.0 or 1.1.
@@ -16,22 +16,36 @@ _USUAL_START = b"POST /v1/chat/completions HTTP/1.1\r\n"  # 0.06 µs where the s
 _ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"host", b"expect"})
 
 
-class Request:
-    """One request as read: header names in lower case, the body whole."""
+class Head:
+    """One head as read: header names in lower case. Requests that repeat it share it."""
 
-    __slots__ = ("body", "failure", "headers", "http_1_0", "keep_alive", "method", "path")
+    __slots__ = ("digest", "headers", "http_1_0", "keep_alive", "method", "path")
 
     def __init__(self) -> None:
         self.method = b""
         self.path = b""
         self.headers: dict[bytes, bytes] = {}
-        self.body = b""
         self.keep_alive = False
         self.http_1_0 = False
+        self.digest: bytes | None = None  # of the key it names, once `keys` has looked
+
+    def __repr__(self) -> str:
+        return f"Head({self.method.decode()} {self.path.decode()})"
+
+
+class Request:
+    """One request as read, its body whole."""
+
+    __slots__ = ("body", "failure", "head", "keep_alive")
+
+    def __init__(self, head: Head, body: bytes = b"") -> None:
+        self.head = head
+        self.body = body
+        self.keep_alive = head.keep_alive
         self.failure: Failure | None = None
 
     def __repr__(self) -> str:
-        return f"Request({self.method.decode()} {self.path.decode()}, {len(self.body)} bytes)"
+        return f"Request({self.head!r}, {len(self.body)} bytes)"
 
 
 class HeadParser:
@@ -59,7 +73,7 @@ class HeadParser:
         self.heads += 1
 
 
-def parse_head(head: bytes) -> Request:
+def parse_head(head: bytes) -> Head:
     """A whole request head, blank line included. Raises MalformedHttp."""
     if not head.startswith(_USUAL_START) and _START_LINE.match(head) is None:
         raise MalformedHttp()
@@ -76,15 +90,15 @@ def parse_head(head: bytes) -> Request:
         raise MalformedHttp()
     if version == "1.1" and b"host" not in found.headers:
         raise MalformedHttp("A request names its host.")
-    request = Request()
-    request.method = parser.get_method()
-    request.path = path_of(found.url)
-    request.headers = found.headers
     connection = found.headers.get(b"connection")
     stays = connection is None or b"close" not in connection.lower()
-    request.keep_alive = version == "1.1" and stays
-    request.http_1_0 = version == "1.0"
-    return request
+    read = Head()
+    read.method = parser.get_method()
+    read.path = path_of(found.url)
+    read.headers = found.headers
+    read.keep_alive = version == "1.1" and stays
+    read.http_1_0 = version == "1.0"
+    return read
 
 
 def path_of(target: bytes) -> bytes:

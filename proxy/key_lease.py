@@ -5,7 +5,8 @@ admit from it, and the arrival times its rate headers are made of.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from accounting.contract import keyspace
 from accounting.contract.errors import Failure
@@ -20,7 +21,9 @@ class Stale(Exception):
 OnAdmission = Callable[[Hold | Failure | Stale], None]
 
 
-class Ask(NamedTuple):
+class Ask(Struct, frozen=True):
+    """One request's wish: the most it can cost and use, and whom to tell."""
+
     credits_ucr: int
     tokens: int
     model_allowed: int

@@ -20,6 +20,16 @@ _BEARER = b"bearer "
 _SECRET_LENGTH = 47
 
 
+def digest_of(authorization: bytes | None) -> bytes:
+    """The digest of the secret in an Authorization header; empty if there can be none."""
+    if authorization is None or authorization[:7].lower() != _BEARER:
+        return b""
+    secret = authorization[7:].strip()
+    if len(secret) != _SECRET_LENGTH or not secret.startswith(b"inf_"):
+        return b""
+    return hashlib.sha256(secret).digest()
+
+
 class Keys:
     """Key records by digest. At most `entries` are kept, each for `seconds`."""
 
@@ -43,20 +53,19 @@ class Keys:
 
         Returns the digest, to be forgotten when its record proves stale.
         """
-        if authorization is None or authorization[:7].lower() != _BEARER:
-            on_key(InvalidKey())
-            return None
-        secret = authorization[7:].strip()
-        if len(secret) != _SECRET_LENGTH or not secret.startswith(b"inf_"):
-            on_key(InvalidKey())
-            return None
-        digest = hashlib.sha256(secret).digest()
+        digest = digest_of(authorization)
+        self.look_up(digest, on_key, fresh)
+        return digest or None
+
+    def look_up(self, digest: bytes, on_key: OnKey, fresh: bool = False) -> None:
+        """The same, for a `digest_of` known from before."""
         found = None if fresh else self._records.get(digest)
         if found is not None and found[0] > self._now():
             on_key(found[1])
-        else:
+        elif digest:
             self._ask(digest, on_key)
-        return digest
+        else:
+            on_key(InvalidKey())
 
     def forget(self, digest: bytes) -> None:
         self._records.pop(digest, None)

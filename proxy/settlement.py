@@ -9,7 +9,7 @@ back should the reply be lost: a lease never says less than what Redis may still
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import hiredis
 import msgspec
@@ -71,7 +71,7 @@ def batch_command(shard: int, boot: str, number: int, settles: list[Settle]) -> 
     )
 
 
-class _Waiting(NamedTuple):
+class _Waiting(Struct, frozen=True):
     """A settle on its way: where the journal has it, and the lease its hold is part of."""
 
     settle: Settle
@@ -157,18 +157,18 @@ class Settlement:
     def _send(self, queue: _Shard, batch: list[_Waiting]) -> None:
         queue.batch = batch
         settles = [one.settle for one in batch]
-        for settle, _, lease in batch:
-            if lease is not None:
-                lease.drop(settle.credits_ucr, settle.tokens_held)
+        for one in batch:
+            if one.lease is not None:
+                one.lease.drop(one.settle.credits_ucr, one.settle.tokens_held)
         queue.command = batch_command(queue.shard, self._boot, queue.number, settles)
         self._pipe.send(queue.command, lambda reply: self._acknowledged(queue, reply))
 
     def _acknowledged(self, queue: _Shard, reply: object) -> None:
         queue.command = b""
         if isinstance(reply, Exception):
-            for settle, _, lease in queue.batch:
-                if lease is not None:
-                    lease.take(settle.credits_ucr, settle.tokens_held)
+            for one in queue.batch:
+                if one.lease is not None:
+                    one.lease.take(one.settle.credits_ucr, one.settle.tokens_held)
             if isinstance(reply, hiredis.ReplyError):
                 self._on_trouble(f"settle of shard {queue.shard} refused: {reply}")
             if not self._planned:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import Raw
 
 from accounting.contract.errors import (
     Failure,
@@ -27,13 +28,18 @@ def body(**fields: Any) -> bytes:
     return json.dumps({"model": "m", "messages": MESSAGES, **fields}).encode()
 
 
+def said(model: str) -> Raw:
+    """A model's name as a body says it."""
+    return Raw(msgspec.json.encode(model))
+
+
 def head(**fields: Any) -> ChatHead:
     return parse(body(**fields))
 
 
 def sent(raw: bytes, model: str = "m") -> bytes:
     """What goes upstream."""
-    return body_for(raw, parse(raw), model)
+    return body_for(parse(raw), said(model))
 
 
 def refusal(raw: bytes) -> Failure:
@@ -172,7 +178,7 @@ def test_whatever_was_read_can_be_sent_however_deep_the_stack() -> None:
         deepest = depth
 
         def from_below(frames: int, raw: bytes = raw, found: ChatHead = found) -> bytes:
-            return from_below(frames - 1) if frames else body_for(raw, found, "n")
+            return from_below(frames - 1) if frames else body_for(found, said("n"))
 
         if depth % 50 == 0:
             assert from_below(30).startswith(b'{"model":"n"')
@@ -266,27 +272,32 @@ def test_the_output_bound(fields: dict[str, Any], bound: int) -> None:
     assert output_bound(head(**fields), 1000) == bound
 
 
+def bound(raw: bytes, context_tokens: int = CONTEXT) -> int:
+    return input_bound(raw, parse(raw), context_tokens)
+
+
 def test_the_input_bound_is_the_body_and_an_allowance() -> None:
     raw = body()
-    assert input_bound(raw, CONTEXT) == len(raw) + 32
-    tools = body(tools=[{"type": "function"}])
-    assert input_bound(tools, CONTEXT) == len(tools) + 1024
+    assert bound(raw) == len(raw) + 32
+    for tools in ({"tools": [{"type": "function"}]}, {"functions": []}):
+        assert bound(body(**tools)) == len(body(**tools)) + 1024
     hidden = raw.replace(b'"model"', b'"t\\u006fols":[],"model"')
-    assert input_bound(hidden, CONTEXT) == len(hidden) + 1024
-    assert input_bound(raw, 50) == 50
-    assert input_bound(raw, len(raw) + 32) == len(raw) + 32
+    assert bound(hidden) == len(hidden) + 1024
+    assert bound(raw, 50) == 50
+    assert bound(raw, len(raw) + 32) == len(raw) + 32
 
 
 @settings(deadline=None)
 @given(st.text(), st.booleans())
 def test_no_tokenizer_counts_more_than_the_bound(text: str, ascii_only: bool) -> None:
     """A token is at least one byte of the text, and JSON never shortens a text."""
-    raw = json.dumps({"messages": [{"content": text}]}, ensure_ascii=ascii_only)
+    fields = {"model": "m", "messages": [{"content": text}]}
+    raw = json.dumps(fields, ensure_ascii=ascii_only)
     try:
         encoded = raw.encode()
     except UnicodeEncodeError:  # a lone surrogate is no text
         return
-    assert input_bound(encoded, 10**9) >= len(text.encode("utf-8", "replace"))
+    assert bound(encoded, 10**9) >= len(text.encode("utf-8", "replace"))
 
 
 MEDIA = [
@@ -308,7 +319,7 @@ def test_media_is_bounded_by_the_context(part: dict[str, Any], escape: bool) -> 
         for name in MEDIA:
             raw = raw.replace(f'"{name["type"]}"'.encode(), f'"\\u{ord(name["type"][0]):04x}{name["type"][1:]}"'.encode())  # fmt: skip # noqa: E501
         assert f'"{part["type"]}"'.encode() not in raw
-        assert input_bound(raw, CONTEXT) == CONTEXT
+        assert bound(raw) == CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -319,7 +330,7 @@ def test_media_is_bounded_by_the_context(part: dict[str, Any], escape: bool) -> 
     ],
 )
 def test_what_the_provider_keeps_is_bounded_by_the_context(fields: dict[str, Any]) -> None:
-    assert input_bound(body(**fields), CONTEXT) == CONTEXT
+    assert bound(body(**fields)) == CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -332,14 +343,14 @@ def test_what_the_provider_keeps_is_bounded_by_the_context(fields: dict[str, Any
 )
 def test_text_about_media_is_text(fields: dict[str, Any]) -> None:
     raw = body(**fields)
-    assert input_bound(raw, CONTEXT) < len(raw) + 2000
+    assert bound(raw) < len(raw) + 2000
 
 
 @pytest.mark.parametrize("value", [b"1e999", b'"\\ud800"', b"[" * 5000 + b"]" * 5000])
 def test_what_cannot_be_looked_into_is_refused(value: bytes) -> None:
     raw = b'{"model":"m","messages":["\\u0041",%b]}' % value
     with pytest.raises(InvalidJson):
-        input_bound(raw, CONTEXT)
+        bound(raw)
 
 
 # Large bodies: read another way, to the same end
@@ -396,12 +407,12 @@ def test_media_is_found_wherever_it_stands(
     message = {"role": "user", "content": [part]}
     for messages in ([message, *padding], [*padding, message], [*padding, message, *padding]):
         raw = body(messages=messages)
-        assert input_bound(raw, CONTEXT * 10) == CONTEXT * 10
+        assert bound(raw, CONTEXT * 10) == CONTEXT * 10
         assert has_audio(raw) == ("input_audio" in part)
         escaped = raw.replace(b'"%b"' % next(iter(part)).encode(), b'"t\\u0079pe"')
-        assert input_bound(escaped, CONTEXT * 10) == CONTEXT * 10
+        assert bound(escaped, CONTEXT * 10) == CONTEXT * 10
     without = body(messages=padding)
-    assert input_bound(without, CONTEXT * 10) == len(without) + 32
+    assert bound(without, CONTEXT * 10) == len(without) + 32
     assert not has_audio(without)
 
 
@@ -411,7 +422,7 @@ def test_tools_are_found_in_a_large_body(padding: dict[str, Any]) -> None:
         body(messages=[padding], tools=[{"type": "function"}]),
         json.dumps({"functions": [], "model": "m", "messages": [padding]}).encode(),
     ):
-        assert input_bound(raw, CONTEXT * 10) == len(raw) + 1024
+        assert bound(raw, CONTEXT * 10) == len(raw) + 1024
 
 
 def test_a_large_body_is_sent_as_it_came() -> None:
@@ -453,7 +464,7 @@ def test_each_target_gets_its_own_model() -> None:
     raw = body(stream=True)
     found = parse(raw)
     for model in ("first", 'se"cond', "m"):
-        assert json.loads(body_for(raw, found, model))["model"] == model
+        assert json.loads(body_for(found, said(model)))["model"] == model
 
 
 _json = st.recursive(
@@ -489,8 +500,8 @@ def test_only_what_must_be_changed_is(
     expected = {**json.loads(text), "model": "there"}
     if stream:
         expected["stream_options"] = {**(options or {}), "include_usage": True}
-    assert json.loads(body_for(raw, found, "there")) == expected
-    assert parse(body_for(raw, found, "m")).max_tokens == found.max_tokens
+    assert json.loads(body_for(found, said("there"))) == expected
+    assert parse(body_for(found, said("m"))).max_tokens == found.max_tokens
 
 
 def test_a_body_may_not_smuggle_in_what_was_read_of_it() -> None:
