@@ -11,7 +11,6 @@ number of deliveries it goes to quarantine.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +25,7 @@ from redis.exceptions import RedisError
 from accounting import usage_posting, usage_records
 from accounting.contract.settings import Settings
 from accounting.counters import Counters
+from accounting.quarantine import Alarm
 from accounting.shard_locks import ShardLocks
 from accounting.store_states import POSTGRES, REDIS, StoreStates
 from accounting.stores import OUTAGES
@@ -54,7 +54,6 @@ set tcp_keepalives_count = 3;
 set jit = off;
 set application_name = 'tollgate accounting'
 """
-_log = logging.getLogger("tollgate.accounting")
 
 
 class Consumer:
@@ -74,6 +73,7 @@ class Consumer:
         self._redis = redis
         self._counters = counters
         self._states = states
+        self._alarm = Alarm()
         self._stopping = asyncio.Event()
         self._wait_seconds = min(settings.accounting_wait_seconds, _SHARE_SECONDS)
         self._failures = 0
@@ -215,7 +215,7 @@ class Consumer:
         counters.lag_ms = max(0, time.time_ns() // 1_000_000 - entries[0].id.ms)
         if posted.quarantined:
             counters.quarantined += posted.quarantined
-            _log.error("%d usage events went to quarantine", posted.quarantined)
+            self._alarm.raised(counters.quarantined)
         await stream.done(entries)
 
 

@@ -4,9 +4,31 @@ Owns the table `quarantine`. Their charge has left the balance in Redis and is i
 every comparison of the two counts it until an operator has resolved the row.
 """
 
+import logging
+import time
 from typing import Any
 
 from accounting.usage_entries import Defect
+
+_QUIET_SECONDS = 60.0
+_log = logging.getLogger("tollgate.accounting")
+
+
+class Alarm:
+    """A log line when events go to quarantine, and at most one a minute while they do."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Alarm quiet until {self._quiet_until:.0f}>"
+
+    def raised(self, so_far: int) -> None:
+        """Some more went there; `so_far` in all since the process began."""
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            _log.error("usage events go to quarantine: %d so far", so_far)
+            self._quiet_until = now + _QUIET_SECONDS
 
 
 async def put(connection: Any, defects: list[Defect]) -> int:

@@ -35,8 +35,6 @@ from accounting.postings import Charge, Posting
 from accounting.usage_entries import Billed, Defect, Entry, StreamId
 from accounting.usage_records import Record
 
-_TRIES = 3  # the owner of a shard is alone with its events, so that one repetition is enough
-
 
 class Posted(NamedTuple):
     """What became of a batch's events."""
@@ -45,6 +43,16 @@ class Posted(NamedTuple):
     revised: int = 0
     duplicates: int = 0
     quarantined: int = 0
+
+
+class _Batch(NamedTuple):
+    """Entries read: first tellings, later ones, what is unfit, how far; and events in all."""
+
+    fresh: list[Billed]
+    again: list[Billed]
+    defects: list[Defect]
+    positions: dict[int, StreamId]
+    told: int
 
 
 class _SomeAreRecordedError(Exception):
@@ -76,16 +84,13 @@ async def post(
     first = sorted(billed, key=lambda one: one.event.revision) if again else billed
     fresh = list({one.event.request_id: one for one in reversed(first)}.values())
     await partitions.ensure(connection, {one.day for one in fresh})
-    for _ in range(_TRIES):
-        try:
-            async with connection.transaction():
-                posted = await _post(connection, fresh, again, defects, positions)
-            counted = posted.revised + sum(not one.event.revision for one in fresh)
-            return posted._replace(duplicates=max(0, len(billed) - counted))
-        except _SomeAreRecordedError:
-            known = await records.known(connection, fresh)
-            fresh = [one for one in fresh if one.event.request_id not in known]
-    raise AssertionError("events of a shard are recorded by somebody else at the same time")
+    batch = _Batch(fresh, again, defects, positions, len(billed))
+    try:
+        async with connection.transaction():
+            return await _post(connection, batch)
+    except _SomeAreRecordedError:
+        async with connection.transaction():
+            return await _post(connection, batch, without_known=True)
 
 
 def _read(
@@ -103,33 +108,33 @@ def _read(
     return billed, defects
 
 
-async def _post(
-    connection: Any,
-    fresh: list[Billed],
-    again: list[Billed],
-    defects: list[Defect],
-    positions: dict[int, StreamId],
-) -> Posted:
+async def _post(connection: Any, batch: _Batch, without_known: bool = False) -> Posted:
+    fresh, again = batch.fresh, batch.again
     touched = [one.event.workspace_id for one in (*fresh, *again)]
     homes = await ledger.lock_wallets(connection, touched)
+    if without_known:  # asked under the lock, under which all events of a workspace are recorded
+        known = await records.known(connection, fresh)
+        fresh = [one for one in fresh if one.event.request_id not in known]
     lost = [usage_entries.homeless(one) for one in fresh if one.event.workspace_id not in homes]
     housed = [one for one in fresh if one.event.workspace_id in homes] if lost else fresh
+    first = sum(not one.event.revision for one in fresh)
     if again:
         housed = [usage_entries.as_told_before(one) for one in housed]
     planned = await _plan(connection, housed)
     if housed and await records.insert(connection, _records(housed, planned)) != len(housed):
         raise _SomeAreRecordedError
     quarantined = 0
-    if defects or lost:
-        quarantined = await quarantine.put(connection, defects + lost)
-    await records.advance(connection, positions)
+    if batch.defects or lost:
+        quarantined = await quarantine.put(connection, batch.defects + lost)
+    await records.advance(connection, batch.positions)
     if planned:
         await _write(connection, planned)
         await _take_late(connection, housed, planned)
     revised = 0
     for one in again:
         revised += await revisions.revise_from_stream(connection, one)
-    return Posted(new=len(housed), revised=revised, quarantined=quarantined)
+    duplicates = max(0, batch.told - first - revised)
+    return Posted(len(housed), revised, duplicates, quarantined)
 
 
 async def _plan(connection: Any, fresh: list[Billed]) -> dict[str, _Planned]:

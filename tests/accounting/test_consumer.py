@@ -240,7 +240,7 @@ async def test_a_refused_entry_goes_to_quarantine_and_blocks_nobody(
             await assert_clean(pool, redis_client)
         row = await pool.fetchrow("select request_id, charge_ucr, reason from quarantine")
         assert tuple(row)[:2] == (poison.request_id, 7)
-        assert "1 usage events went to quarantine" in caplog.text
+        assert "usage events go to quarantine: 1 so far" in caplog.text
 
 
 async def test_garbage_on_a_stream_goes_to_quarantine_at_once(
