@@ -23,6 +23,7 @@ import msgspec
 
 from accounting.contract import catalogue, keyspace
 from accounting.contract.catalogue import Model
+from accounting.contract.figures import pack_figures
 from accounting.contract.identifiers import new_id
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.pricing import cost_ucr
@@ -53,7 +54,6 @@ from proxy.usage_scanner import StreamScanner
 
 BATCH = 64
 PLENTY = 1 << 60
-LEASE_REPLY = b"*16\r\n" + b":%d\r\n" * 16
 ANSWER_BYTES = 700
 
 
@@ -187,11 +187,12 @@ def key_and_lease_steps(typical: Typical, pipe: NoPipe) -> list[Step]:
     hot.requests_per_minute, hot.tokens_per_minute = 60_000_000, 1_000_000_000_000
     now_us = 1_700_000_000_000_000
     rates = (hot.requests_per_minute, hot.tokens_per_minute)
-    reply = LEASE_REPLY % (
-        *(0, now_us, 0, 0, *rates),
+    figures = pack_figures(
+        *(now_us, 0, 0, *rates),
         *(0, 0, 0, now_us, now_us),
         *(0, 0, 0, now_us, now_us),
     )
+    reply = b"$%d\r\n%s\r\n" % (len(figures), figures)
 
     def call() -> None:
         cold.calling = False

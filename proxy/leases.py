@@ -24,13 +24,13 @@ import msgspec
 
 from accounting.contract import keyspace
 from accounting.contract.errors import Failure, InvalidKey, Unavailable
+from accounting.contract.figures import pack_figures, unpack_figures
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.scripts import SCRIPTS
 from proxy.admission import Hold, rate_headers, refusal
 from proxy.key_lease import Ask, KeyLease, OnAdmission, Stale
 from proxy.redis_pipe import RedisPipe, pack
 
-_encode = msgspec.msgpack.Encoder().encode
 _LEASE = SCRIPTS["lease"].digest
 _RELEASE = SCRIPTS["release"].digest
 _FORGET_SECONDS = 30.0
@@ -38,8 +38,8 @@ _AHEAD_SECONDS = 0.05  # how long what is leased ahead should last at the recent
 _AHEAD_REQUESTS = 512
 _RECALLED_SECONDS = 1.0  # nothing is leased ahead for so long after a recall
 _RECALL_PAUSES = (0.002, 0.005, 0.01, 0.02)
-_OK, _UNKNOWN = 0, 1
-_HEAD, _PER_ASK, _TAIL = 6, 5, 5
+_UNKNOWN, _STALE = 1, 2
+_HEAD, _PER_ASK, _TAIL = 5, 5, 5
 
 
 class Leases:
@@ -93,25 +93,25 @@ class Leases:
         if asks:
             lease.each = asks[-1].credits_ucr, asks[-1].tokens
             lease.version = min([ask.version for ask in asks])
-        message = (
+        figures = [
             lease.version,
-            (
-                lease.credits,
-                lease.tokens,
-                lease.slots,
-                lease.free_requests,
-                lease.free_credits,
-                lease.free_tokens,
-                lease.used,
-            ),
-            [(ask.credits_ucr, ask.tokens, ask.model_allowed) for ask in asks],
-            (0 if giving_back else self._ahead(lease, now), *lease.each),
-        )
+            lease.credits,
+            lease.tokens,
+            lease.slots,
+            lease.free_requests,
+            lease.free_credits,
+            lease.free_tokens,
+            lease.used,
+            0 if giving_back else self._ahead(lease, now),
+            *lease.each,
+        ]
+        for ask in asks:
+            figures += (ask.credits_ucr, ask.tokens, ask.model_allowed)
         used, lease.used = lease.used, 0
         lease.calling = True
         lease.owes = False
         lease.last_used = now
-        command = pack(("EVALSHA", _LEASE, 2, *lease.field_words, _encode(message)))
+        command = pack(("EVALSHA", _LEASE, 2, *lease.field_words, pack_figures(*figures)))
         self._pipe.send(command, lambda reply: self._answered(lease, asks, used, now, reply))
 
     def _ahead(self, lease: KeyLease, now: float) -> int:
@@ -126,21 +126,22 @@ class Leases:
     def _answered(
         self, lease: KeyLease, asks: list[Ask], used: int, sent_at: float, reply: Any
     ) -> None:
-        if isinstance(reply, list) and reply[0] == _OK:
-            self._note(lease, reply, sent_at)
+        if isinstance(reply, bytes):
+            figures = unpack_figures(reply)
+            self._note(lease, figures, sent_at)
             lease.calling = False  # not before: a call must tell of what is granted next
-            self._grant(lease, asks, reply)
+            self._grant(lease, asks, figures)
         else:
             lease.calling = False
             lease.right_until = 0.0
-            if not isinstance(reply, list):
+            if isinstance(reply, Exception):
                 lease.used += used
             if lease.give_up_unused() or lease.used:
                 lease.owes = True
                 self._hot.add(lease)  # tell Redis at once, or from time to time until it is back
-            if isinstance(reply, list) and reply[0] == _UNKNOWN:
+            if reply == _UNKNOWN:
                 self._ask_epoch(asks)
-            elif isinstance(reply, list):
+            elif reply == _STALE:
                 self._tell_all(asks, Stale())
             else:
                 self._tell_all(asks, Unavailable())
@@ -148,12 +149,12 @@ class Leases:
             return
         if lease.waiting:
             self._call(lease)
-        elif lease.owes and isinstance(reply, list):
+        elif lease.owes and not isinstance(reply, Exception):
             self._call(lease, giving_back=True)
 
-    def _note(self, lease: KeyLease, reply: list[int], sent_at: float) -> None:
+    def _note(self, lease: KeyLease, reply: tuple[int, ...], sent_at: float) -> None:
         """What the call brought beside its verdicts."""
-        _, now_us, _, _, lease.requests_per_minute, lease.tokens_per_minute = reply[:_HEAD]
+        now_us, _, _, lease.requests_per_minute, lease.tokens_per_minute = reply[:_HEAD]
         ahead, right_us, _, lease.requests_tat, lease.tokens_tat = reply[-_TAIL:]
         lease.clock_offset_us = now_us - int(self._clock() * 1e6)
         if ahead:
@@ -171,8 +172,8 @@ class Leases:
         if sent_at < lease.recalled_until:
             self._give_back(lease)
 
-    def _grant(self, lease: KeyLease, asks: list[Ask], reply: list[int]) -> None:
-        now, rpm, tpm = reply[1], reply[4], reply[5]
+    def _grant(self, lease: KeyLease, asks: list[Ask], reply: tuple[int, ...]) -> None:
+        now, rpm, tpm = reply[0], reply[3], reply[4]
         elsewhere = reply[-3]
         told: list[tuple[OnAdmission, Hold | Failure]] = []
         again: list[Ask] = []

@@ -9,13 +9,13 @@ back should the reply be lost: a lease never says less than what Redis may still
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import hiredis
 import msgspec
 from msgspec import Struct
 
 from accounting.contract import keyspace
+from accounting.contract.figures import pack_figures
 from accounting.contract.scripts import SCRIPTS
 from accounting.contract.usage_event import join_events
 from proxy.journal import Journal
@@ -50,25 +50,26 @@ def encode_settle(settle: Settle) -> bytes:
 def batch_command(shard: int, boot: str, number: int, settles: list[Settle]) -> bytes:
     """The packed call of `settle.lua` for one batch: one row per workspace and key."""
     workspaces: dict[str, int] = {}
-    rows: dict[tuple[int, str], list[Any]] = {}
+    rows: dict[tuple[int, str], list[int]] = {}
     for one in settles:
         index = workspaces.setdefault(one.workspace_id, len(workspaces) + 1)
         row = rows.get((index, one.key_id))
         if row is None:
-            row = rows[index, one.key_id] = [index, one.key_id, 0, 0, 0, 0, 0, []]
-        row[2] += one.credits_ucr
-        row[3] += one.charge_ucr
-        row[4] += one.tokens_held
-        row[5] += one.tokens_used
-        row[6] += 1
+            row = rows[index, one.key_id] = [index, 0, 0, 0, 0, 0]
+        row[1] += one.credits_ucr
+        row[2] += one.charge_ucr
+        row[3] += one.tokens_held
+        row[4] += one.tokens_used
+        row[5] += 1
         if one.void_at_us:
-            row[7].append(one.void_at_us)
+            row.append(one.void_at_us)
     keys = [keyspace.stream_key(shard), keyspace.boots_key(shard)]
     keys += [keyspace.workspace_key(workspace_id) for workspace_id in workspaces]
     events = join_events([one.event for one in settles])
-    return pack(
-        ("EVALSHA", _SETTLE, len(keys), *keys, boot, number, _encode(list(rows.values())), events)
-    )
+    words: list[str | bytes] = []
+    for (_, key_id), row in rows.items():
+        words += (key_id, pack_figures(*row))
+    return pack(("EVALSHA", _SETTLE, len(keys), *keys, boot, number, events, *words))
 
 
 class _Waiting(Struct, frozen=True):

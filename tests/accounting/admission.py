@@ -1,11 +1,11 @@
 """Admission as workspaces and keys see it: one request through the real script."""
 
 import asyncpg
-import msgspec
 from redis.asyncio import Redis
 
 from accounting import funding, keys, workspaces
 from accounting.contract import keyspace, scripts
+from accounting.contract.figures import pack_figures, unpack_figures
 from accounting.contract.identifiers import new_id
 
 ADMITTED, REVOKED, SUSPENDED = 0, 1, 2
@@ -15,28 +15,28 @@ async def verdict(redis: Redis, workspace_id: str, key_id: str, version: int = 1
     """What admission says to one request that holds one µcr, from a worker of its own."""
     boot = new_id("boot")
     shard = keyspace.shard_of(workspace_id)
-    ask = msgspec.msgpack.encode([version, [0, 0, 0], [[1, 1, 1]]])
+    ask = pack_figures(version, *[0] * 10, 1, 1, 1)
     reply = await scripts.call(
         redis,
         "lease",
         [keyspace.workspace_key(workspace_id), keyspace.leases_key(shard, boot)],
         [boot, key_id, workspace_id, ask],
     )
-    return {1: "unknown", 2: "stale"}[reply[0]] if reply[0] else int(reply[6])
+    return {1: "unknown", 2: "stale"}[reply] if isinstance(reply, int) else unpack_figures(reply)[5]
 
 
 async def lease_ahead(
     redis: Redis, workspace_id: str, key_id: str, mine: list[int], requests: int
 ) -> int:
     """What a worker that holds `mine` is given ahead, of requests that hold one µcr each."""
-    message = msgspec.msgpack.encode([1, mine, [], [requests, 1, 1]])
+    message = pack_figures(1, *mine, requests, 1, 1)
     keys = [
         keyspace.workspace_key(workspace_id),
         keyspace.leases_key(keyspace.shard_of(workspace_id), "boot_ahead"),
     ]
     words = ["boot_ahead", key_id, workspace_id, message]
     reply = await scripts.call(redis, "lease", keys, words)
-    return 0 if reply[0] else int(reply[-5])
+    return 0 if isinstance(reply, int) else unpack_figures(reply)[-5]
 
 
 async def funded(pool: asyncpg.Pool, redis: Redis) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from accounting import deltas, grants, keys, workspaces
 from accounting.contract import keyspace, scripts
+from accounting.contract.figures import pack_figures, unpack_figures
 from accounting.contract.identifiers import new_id
 from accounting.contract.usage_event import (
     SCHEMA,
@@ -129,15 +130,15 @@ class Boot:
     async def admit(self, tenant: Tenant, hold_ucr: int) -> bool:
         """Whether a hold of so much was granted."""
         mine = self._open.setdefault(tenant.key_id, [0, 0, 0])
-        message = msgspec.msgpack.encode([1, mine, [[hold_ucr, 100, 1]]])
+        message = pack_figures(1, *mine, *[0] * 7, hold_ucr, 100, 1)
         reply = await scripts.call(
             self._redis,
             "lease",
             [keyspace.workspace_key(tenant.id), keyspace.leases_key(tenant.shard, self.name)],
             [self.name, tenant.key_id, tenant.id, message],
         )
-        assert reply[0] == 0, reply
-        if reply[6] != 0:
+        assert isinstance(reply, bytes), reply
+        if unpack_figures(reply)[5] != 0:
             return False
         mine[0], mine[1], mine[2] = mine[0] + hold_ucr, mine[1] + 100, mine[2] + 1
         return True
@@ -149,12 +150,12 @@ class Boot:
         count = len(events)
         mine[0], mine[1], mine[2] = mine[0] - held, mine[1] - 100 * count, mine[2] - count
         charged = sum(event.taken_ucr for event in events)
-        row = [1, tenant.key_id, held, charged, 100 * count, 20 * count, count, []]
+        row = [1, tenant.key_id, held, charged, 100 * count, 20 * count, count]
         return await self._settle(tenant, row, events)
 
     async def tell_again(self, tenant: Tenant, event: UsageEvent) -> UsageEvent:
         """Settle an exchange anew, whose hold is given back already."""
-        row = [1, tenant.key_id, event.taken_ucr, event.taken_ucr, 0, 0, 0, []]
+        row = [1, tenant.key_id, event.taken_ucr, event.taken_ucr, 0, 0, 0]
         await self._settle(tenant, row, (event,))
         return event
 
@@ -166,7 +167,8 @@ class Boot:
             keyspace.workspace_key(tenant.id),
         ]
         body = join_events([encode_event(event) for event in events])
-        arguments = [self.name, number, msgspec.msgpack.encode([row]), body]
+        figures = pack_figures(row[0], *row[2:])
+        arguments = [self.name, number, body, row[1], figures]
         reply = await scripts.call(self._redis, "settle", keys_, arguments)
         return str(reply.decode())
 

@@ -125,22 +125,21 @@ class Model:
         mine: tuple[int, int, int],
         version: int,
     ) -> tuple[int, list[int]]:
-        """(0, a verdict for each ask), (1, []) unknown, (2, []) stale."""
+        """(0, a verdict for each ask), (1, []) unknown, (2, []) stale: only corrected."""
         workspace = self.workspaces.get(name)
         if workspace is None or key not in workspace.keys:
             return 1, []
         of = workspace.keys[key]
-        if of.rules.version != version:
-            return 2, []
+        stale = of.rules.version != version
         before = workspace.leases.get((boot, key))
         lease = Lease(*mine)
         workspace.leases[boot, key] = lease
-        verdicts = [self._judge(workspace, key, lease, ask) for ask in asks]
+        verdicts = [self._judge(workspace, key, lease, ask) for ask in asks if not stale]
         if lua.ADMITTED in verdicts or (before or Lease()).figures() != mine:
             of.turn_day(self.now)
         elif before is None:
             del workspace.leases[boot, key]
-        return 0, verdicts
+        return (2 if stale else 0), verdicts
 
     def _judge(self, workspace: Workspace, key: str, lease: Lease, ask: Ask) -> int:
         verdict = self._refusal(workspace, workspace.keys[key], workspace.under(key), ask)

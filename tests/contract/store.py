@@ -12,6 +12,7 @@ import msgspec
 from redis import Redis
 
 from accounting.contract import keyspace
+from accounting.contract.figures import pack_figures, unpack_figures
 from accounting.contract.keyspace import KeyCounters, KeyRules, LeaseRecord, Wallet
 from accounting.contract.scripts import SCRIPTS
 
@@ -46,6 +47,11 @@ class Row(NamedTuple):
     used: int = 0
     slots: int = 1
     voids: tuple[int, ...] = ()
+
+
+def pair_of(workspace: int, row: Row) -> tuple[str, bytes]:
+    """A row as settle.lua takes it."""
+    return row.key, pack_figures(workspace, *row[2:7], *row.voids)
 
 
 class Verdict(NamedTuple):
@@ -96,15 +102,15 @@ def read_snapshot(reply: list[bytes]) -> Snapshot:
     return found
 
 
-def read_lease(reply: list[int]) -> Leased:
+def read_lease(reply: int | bytes) -> Leased:
     """A reply of lease.lua."""
-    if reply[0]:
-        assert len(reply) == 1
-        return Leased(reply[0], 0, 0, 0, 0, 0, [])
-    figures = reply[6:-5]
+    if isinstance(reply, int):
+        return Leased(reply, 0, 0, 0, 0, 0, [])
+    found = unpack_figures(reply)
+    figures = found[5:-5]
     assert len(figures) % 5 == 0
     verdicts = [Verdict(*figures[n : n + 5]) for n in range(0, len(figures), 5)]
-    return Leased(*reply[:6], verdicts)
+    return Leased(0, *found[:5], verdicts)
 
 
 def same_shard(number: int, like: str = "ws_1") -> list[str]:
@@ -123,13 +129,16 @@ def lease_call(
     asks: list[Ask],
     key: str = "key_1",
     boot: str = "boot_1",
-    mine: tuple[int, int, int] = (0, 0, 0),
+    mine: tuple[int, ...] = (0, 0, 0),
     version: int = 1,
+    ahead: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[list[str], list[Any]]:
-    """KEYS and ARGV of a lease."""
+    """KEYS and ARGV of a lease; the last four figures of `mine` may be left out."""
     shard = keyspace.shard_of(workspace)
     keys = [keyspace.workspace_key(workspace), keyspace.leases_key(shard, boot)]
-    return keys, [boot, key, workspace, pack([version, mine, asks])]
+    mine = mine if len(mine) == 7 else (*mine, 0, 0, 0, 0)
+    figures = [version, *mine, *ahead, *(figure for ask in asks for figure in ask)]
+    return keys, [boot, key, workspace, pack_figures(*figures)]
 
 
 class Store:
@@ -177,8 +186,9 @@ class Store:
         self, number: int, *rows: Row, boot: str = "boot_1", events: bytes = b"\x90"
     ) -> bytes:
         workspaces = list(dict.fromkeys(row.workspace for row in rows))
-        packed = [[workspaces.index(row.workspace) + 1, *row[1:]] for row in rows]
-        return self.settle_raw(workspaces, [boot, number, pack(packed), events])
+        pairs = [pair_of(workspaces.index(row.workspace) + 1, row) for row in rows]
+        words = [word for pair in pairs for word in pair]
+        return self.settle_raw(workspaces, [boot, number, events, *words])
 
     def settle_raw(self, workspaces: list[str], arguments: list[Any]) -> bytes:
         shard = keyspace.shard_of(workspaces[0])

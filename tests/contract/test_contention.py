@@ -29,6 +29,7 @@ from tests.contract.store import (
     Snapshot,
     lease_call,
     pack,
+    pair_of,
     read_lease,
     read_snapshot,
 )
@@ -61,7 +62,8 @@ async def look(redis: Redis) -> Snapshot:
 async def settle(redis: Redis, boot: str, number: int, row: Row) -> bytes:
     shard = shard_of(WS)
     keys = [stream_key(shard), boots_key(shard), workspace_key(WS)]
-    reply = await call(redis, "settle", keys, [boot, number, pack([[1, *row[1:]]]), b"\x90"])
+    words = [boot, number, b"\x90", *pair_of(1, row)]
+    reply = await call(redis, "settle", keys, words)
     return bytes(reply)
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
 from accounting.contract import keyspace
+from accounting.contract.figures import unpack_figures
 from accounting.contract.keyspace import KeyCounters
-from tests.contract.store import MINUTE, Ask, Row, Store
+from tests.contract.store import MINUTE, Ask, Row, Store, lease_call
 
 WS, BOOT = "ws_1", "boot_1"
 SHARD = keyspace.shard_of(WS)
@@ -84,10 +84,8 @@ def test_a_fenced_boot_is_retired_key_by_key(store: Store) -> None:
 
 
 def lease_ahead(store: Store, requests: int) -> None:
-    keys = [keyspace.workspace_key(WS), keyspace.leases_key(SHARD, BOOT)]
-    message: list[Any] = [1, [0, 0, 0, 0, 0, 0, 0], [], [requests, 1, 1]]
-    reply = store.run("lease", keys, [BOOT, "key_1", WS, msgspec.msgpack.encode(message)])
-    assert reply[-5] == requests
+    keys, arguments = lease_call(WS, [], ahead=(requests, 1, 1))
+    assert unpack_figures(store.run("lease", keys, arguments))[-5] == requests
 
 
 @pytest.mark.parametrize("counted", [0, 1])

@@ -193,7 +193,10 @@ class Histories(RuleBasedStateMachine):
     def ask_in_vain(self, name: str, key: str, boot: str, step: int) -> None:
         """With a stale record, or for what Redis does not know."""
         stale = self.version(name, key) + step
-        assert self.store.lease(name, Ask(1), key=key, boot=boot, version=stale).code == 2
+        more: dict[str, Any] = {"key": key, "boot": boot, "version": stale}
+        more["mine"] = self.mine(name, key, boot)
+        assert self.store.lease(name, Ask(1), **more).code == 2
+        assert self.model.lease(name, [Ask(1)], **more) == (2, [])
         assert self.store.lease(name, Ask(1), key="key_9", boot=boot).code == 1
         assert self.store.lease("ws_9", Ask(1), key=key, boot=boot).code == 1
 
