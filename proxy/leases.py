@@ -247,6 +247,23 @@ class Leases:
         else:
             self._call(lease, giving_back=True)
 
+    def declare(self) -> None:
+        """Tell Redis what is held under every key: it may have lost it."""
+        for lease in self._leases.values():
+            lease.give_up_unused()
+            if lease.calling:
+                lease.owes = True
+            else:
+                self._call(lease, giving_back=True)
+
+    @property
+    def calling(self) -> bool:
+        """Some key's call is under way."""
+        return any(lease.calling for lease in self._leases.values())
+
+    def holds(self, key_id: str) -> bool:
+        return key_id in self._leases
+
     # Giving back
 
     def release_unused(self) -> None:

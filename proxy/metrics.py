@@ -59,6 +59,8 @@ METRICS = (
     Declared("tollgate_output_tokens", "Output tokens settled.", "counter"),
     Declared("tollgate_answer_bytes", "Answer bytes relayed.", "counter"),
     Declared("tollgate_settle_refusals", "Settle batches Redis refused.", "counter"),
+    Declared("tollgate_settles_late", "Settles left to accounting to charge.", "counter"),
+    Declared("tollgate_journal_sync_failures", "Journals that did not reach the disk.", "counter"),
     Declared("tollgate_replayed_settles", "Settles found in dead workers' journals.", "counter"),
     Declared("tollgate_workers_ready", "Workers that serve.", "gauge"),
     Declared("tollgate_redis_up", "Workers connected to Redis.", "gauge"),

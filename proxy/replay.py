@@ -3,8 +3,17 @@
 Run by each worker at its start, for every journal whose owner no longer lives. Batches that
 were sent before the crash go again under their numbers, so Redis takes each once; exchanges
 still open are settled for what had been relayed, estimated.
+
+Batches that Redis can settle no more are told late, and accounting charges what is new to it:
+those of a boot that was retired meanwhile, and those sent to a Redis that was another one, or
+has been rolled back since. From the tail go those that it acknowledged and has lost.
 """
 
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import hiredis
 import msgspec
 from msgspec import Struct
 
@@ -12,13 +21,25 @@ from accounting.contract import keyspace
 from accounting.contract.pricing import Price, cost_ucr
 from accounting.contract.scripts import SCRIPTS
 from accounting.contract.settings import SHARDS
-from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event
+from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event, join_events
 from proxy.journal import SETTLED, Entry, OrphanJournal
 from proxy.provider_usage import estimate_output
 from proxy.redis_pipe import RedisPipe
-from proxy.settlement import Settle, batch_command, encode_settle, settle_decoder
+from proxy.settlement import (
+    Settle,
+    batch_command,
+    encode_settle,
+    is_fenced,
+    late_command,
+    settle_decoder,
+)
+from proxy.tail import Record, left_behind
 
 _BATCH = 256
+_TOLD_AT_ONCE = 64
+_FENCE_KEPT_MS = 3_600_000  # longer than a command of a dead worker can be on its way
+_FENCE, _RETIRE, _DEPART = (SCRIPTS[name].digest for name in ("fence", "retire", "depart"))
+_UNKNOWN = -1  # the last batch of a boot that is fenced
 
 
 class Opening(Struct, array_like=True):
@@ -76,36 +97,87 @@ def settle_of_open(entry: Entry) -> Settle:
     )
 
 
-async def replay(journal: OrphanJournal, pipe: RedisPipe) -> int:
-    """Settle everything in a dead worker's journal and retire its boot.
+class _Batch(Struct):
+    """Settles that go together, and where the journal has them; `era`: see `standing`."""
 
-    Returns how many settles it held. Raises RedisDown or ReplyError; the journal then stays
-    for later, and a second replay sends what is left of it under the same numbers. Raises
-    msgspec.DecodeError, before anything is sent, for a journal this version cannot read.
+    shard: int
+    number: int
+    era: int
+    slots: list[int]
+    settles: list[Settle]
+
+
+async def replay(journal: OrphanJournal, pipe: RedisPipe, era: int = 0) -> int:
+    """Settle everything in a dead worker's journal and tail, and retire its boot.
+
+    `era` is that of the Redis which `pipe` leads to. Returns how many settles the journal held.
+    Raises RedisDown or ReplyError; the journal then stays for later, and a second replay sends
+    what is left of it under the same numbers. Raises msgspec.DecodeError, before anything is
+    sent, for a journal this version cannot read.
     """
-    batches: dict[tuple[int, int], list[tuple[int, Settle]]] = {}
+    found = [(entry, _settle_of(entry)) for entry in journal.entries()]
+    last = await last_numbers(pipe, journal.boot)
+    batches = _batches(journal, found, last, era)
+    for batch in batches:
+        await _send(pipe, journal.boot, batch, last.get(batch.shard, 0), era)
+        for slot in batch.slots:  # once the boot is retired, Redis no longer knows its numbers
+            journal.free(slot)
+    await _tell_lost(pipe, journal, last)
+    await retire(pipe, journal.boot, admitted=True)
+    return len(found)
+
+
+def _batches(
+    journal: OrphanJournal, found: list[tuple[Entry, Settle]], last: dict[int, int], era: int
+) -> list[_Batch]:
+    """As they were sent; what was not goes into new ones, noted before they are sent."""
+    sent: dict[tuple[int, int], _Batch] = {}
     unsent: dict[int, list[tuple[int, Settle]]] = {}
-    for entry in journal.entries():
-        settle = _settle_of(entry)
+    for entry, settle in found:
         shard = keyspace.shard_of(settle.workspace_id)
         if entry.batch:
-            batches.setdefault((shard, entry.batch), []).append((entry.slot, settle))
+            batch = sent.setdefault(
+                (shard, entry.batch), _Batch(shard, entry.batch, entry.era, [], [])
+            )
+            batch.slots.append(entry.slot)
+            batch.settles.append(settle)
         else:
             unsent.setdefault(shard, []).append((entry.slot, settle))
-    for shard, found in unsent.items():
-        number = max([0] + [batch for at, batch in batches if at == shard])
-        number = max(number, await _last_number(pipe, journal.boot, shard))
-        for index, (slot, settle) in enumerate(found):
-            batch = number + 1 + index // _BATCH
-            journal.settle(slot, encode_settle(settle), batch)
-            batches.setdefault((shard, batch), []).append((slot, settle))
-    for (shard, number), found in sorted(batches.items()):
-        settles = [settle for _, settle in found]
-        await pipe.call(batch_command(shard, journal.boot, number, settles))
-        for slot, _ in found:  # once the boot is retired, Redis no longer knows its numbers
-            journal.free(slot)
-    await retire(pipe, journal.boot)
-    return sum(map(len, batches.values()))
+    for shard, waiting in unsent.items():
+        number = max([last.get(shard, 0), 0] + [batch for at, batch in sent if at == shard])
+        for start in range(0, len(waiting), _BATCH):
+            number += 1
+            slots, settles = map(list, zip(*waiting[start : start + _BATCH], strict=True))
+            for slot, settle in waiting[start : start + _BATCH]:
+                journal.settle(slot, encode_settle(settle), number, era)
+            sent[shard, number] = _Batch(shard, number, era, slots, settles)
+    return [sent[name] for name in sorted(sent)]
+
+
+async def _send(pipe: RedisPipe, boot: str, batch: _Batch, last: int, era: int) -> None:
+    if last != _UNKNOWN and (batch.era in (0, era) or batch.number <= last):
+        try:
+            await pipe.call(batch_command(batch.shard, boot, batch.number, batch.settles))
+            return
+        except hiredis.ReplyError as error:
+            if not is_fenced(error):
+                raise
+    events = join_events([settle.event for settle in batch.settles])
+    await pipe.call(late_command(batch.shard, boot, batch.number, events))
+
+
+async def _tell_lost(pipe: RedisPipe, journal: OrphanJournal, last: dict[int, int]) -> None:
+    """What Redis had acknowledged and does not know any more."""
+    lost: list[Record] = []
+    for record in left_behind(journal.path.with_suffix(".tail")):
+        if record.number > last.get(record.shard, 0):
+            lost.append(record)
+    for start in range(0, len(lost), _TOLD_AT_ONCE):
+        commands = [
+            late_command(one.shard, journal.boot, one.number, one.events)
+            for one in lost[start : start + _TOLD_AT_ONCE]
+        ]
+        await all_of([pipe.call(command) for command in commands])
 
 
 def _settle_of(entry: Entry) -> Settle:
@@ -114,24 +186,43 @@ def _settle_of(entry: Entry) -> Settle:
     return settle_of_open(entry)
 
 
-async def _last_number(pipe: RedisPipe, boot: str, shard: int) -> int:
-    return int(await pipe.command("HGET", keyspace.boots_key(shard), boot) or 0)
+async def last_numbers(pipe: RedisPipe, boot: str) -> dict[int, int]:
+    """The last batch of the boot that Redis has settled, by shard; -1 in all that are fenced."""
+    keys = [keyspace.boots_key(shard) for shard in range(SHARDS)]
+    found = await all_of([pipe.command("HGET", key, boot) for key in keys])
+    fence = keyspace.FENCE.encode()
+    return {
+        shard: _UNKNOWN if number == fence else int(number)
+        for shard, number in enumerate(found)
+        if number
+    }
 
 
-async def retire(pipe: RedisPipe, boot: str) -> None:
-    """Give back what the boot still leases and forget it."""
-    for shard in range(SHARDS):
-        key = keyspace.leases_key(shard, boot)
-        for member in await pipe.command("SMEMBERS", key):
+async def retire(pipe: RedisPipe, boot: str, admitted: bool = False) -> None:
+    """Fence the boot, give back what it still leases, and forget it.
+
+    `admitted`: what it had leased ahead may have been used without having been told, so it
+    counts as requests made.
+    """
+    shards = range(SHARDS)
+    leases = [keyspace.leases_key(shard, boot) for shard in shards]
+    fences = [("EVALSHA", _FENCE, 2, keyspace.boots_key(one), leases[one], boot) for one in shards]
+    found = await all_of([pipe.command(*words) for words in fences])
+    gone = []
+    for shard, members in enumerate(found):
+        for member in members:
             workspace_id, _, key_id = member.decode().partition("|")
-            await pipe.command(
-                "EVALSHA",
-                SCRIPTS["release"].digest,
-                2,
-                keyspace.workspace_key(workspace_id),
-                key,
-                boot,
-                key_id,
-                workspace_id,
-            )
-        await pipe.command("HDEL", keyspace.boots_key(shard), boot)
+            keys = keyspace.workspace_key(workspace_id), leases[shard]
+            gone.append((*keys, boot, key_id, workspace_id, int(admitted)))
+    await all_of([pipe.command("EVALSHA", _RETIRE, 2, *words) for words in gone])
+    keys = keyspace.HEARD, keyspace.FENCED
+    await pipe.command("EVALSHA", _DEPART, 2, *keys, boot, _FENCE_KEPT_MS)
+
+
+async def all_of(calls: Sequence[Awaitable[Any]]) -> list[Any]:
+    """The replies to calls sent together; the first exception, once all have been answered."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found

@@ -5,10 +5,14 @@ Owns the queue of settles per shard. At most one batch per shard is under way, n
 takes each number once. Settles wait in the journal until acknowledged, so neither a crash
 nor an outage loses one. A hold leaves its lease at the moment its settle is sent, and comes
 back should the reply be lost: a lease never says less than what Redis may still hold.
+
+A batch that Redis cannot settle any more goes on the stream *late*: accounting, which knows what
+it has posted, charges what is new. So goes a batch that is refused for good, one of a boot that
+was retired, and one sent to a Redis that has lost what it was told since.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import hiredis
 import msgspec
@@ -20,11 +24,18 @@ from accounting.contract.scripts import SCRIPTS
 from accounting.contract.usage_event import join_events
 from proxy.journal import Journal
 from proxy.key_lease import KeyLease
-from proxy.redis_pipe import RedisPipe, pack
+from proxy.redis_pipe import RedisDown, RedisPipe, pack
+from proxy.tail import Tail
 
 _encode = msgspec.msgpack.Encoder().encode
 _SETTLE = SCRIPTS["settle"].digest
 _RETRY_SECONDS = 0.1
+_REFUSALS = 5  # of one batch, before it goes to accounting as it is
+_FENCED = "FENCED"
+_PASSING = (
+    "ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOAUTH",
+    "NOPERM", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN", "WRONGPASS",
+)  # fmt: skip
 
 
 class Settle(Struct, array_like=True):
@@ -47,8 +58,30 @@ def encode_settle(settle: Settle) -> bytes:
     return _encode(settle)
 
 
-def batch_command(shard: int, boot: str, number: int, settles: list[Settle]) -> bytes:
-    """The packed call of `settle.lua` for one batch: one row per workspace and key."""
+def late_command(shard: int, boot: str, number: int, events: bytes) -> bytes:
+    """The packed XADD of events whose charges accounting has to take, if they are new to it."""
+    fields = {
+        keyspace.STREAM_FIELD_BOOT: boot,
+        keyspace.STREAM_FIELD_SEQUENCE: number,
+        keyspace.STREAM_FIELD_LATE: 1,
+        keyspace.STREAM_FIELD_EVENTS: events,
+    }
+    words = [word for field in fields.items() for word in field]
+    return pack(("XADD", keyspace.stream_key(shard), "*", *words))
+
+
+def is_fenced(error: Exception) -> bool:
+    """The boot was retired: nothing of it is leased or settled any more."""
+    return str(error).startswith(_FENCED)
+
+
+def batch_command(
+    shard: int, boot: str, number: int, settles: list[Settle], events: bytes = b""
+) -> bytes:
+    """The packed call of `settle.lua` for one batch: one row per workspace and key.
+
+    `events` are those of the settles, joined, where that has been done already.
+    """
     workspaces: dict[str, int] = {}
     rows: dict[tuple[int, str], list[int]] = {}
     for one in settles:
@@ -65,7 +98,7 @@ def batch_command(shard: int, boot: str, number: int, settles: list[Settle]) -> 
             row.append(one.void_at_us)
     keys = [keyspace.stream_key(shard), keyspace.boots_key(shard)]
     keys += [keyspace.workspace_key(workspace_id) for workspace_id in workspaces]
-    events = join_events([one.event for one in settles])
+    events = events or join_events([one.event for one in settles])
     words: list[str | bytes] = []
     for (_, key_id), row in rows.items():
         words += (key_id, pack_figures(*row))
@@ -83,14 +116,17 @@ class _Waiting(Struct, frozen=True):
 class _Shard:
     """One shard's queue: what waits, and the batch under way."""
 
-    __slots__ = ("batch", "command", "number", "shard", "waiting")
+    __slots__ = ("batch", "events", "late", "number", "refusals", "sent", "shard", "waiting")
 
     def __init__(self, shard: int) -> None:
         self.shard = shard
         self.waiting: list[_Waiting] = []
         self.batch: list[_Waiting] = []
-        self.command = b""
+        self.events = b""
+        self.sent = False  # and not answered yet
         self.number = 0
+        self.refusals = 0
+        self.late = False
 
 
 class Settlement:
@@ -104,6 +140,7 @@ class Settlement:
         interval_seconds: float,
         batch_limit: int,
         on_trouble: Callable[[str], None],
+        tail: Tail | None = None,
     ) -> None:
         self._pipe = pipe
         self._journal = journal
@@ -111,12 +148,15 @@ class Settlement:
         self._interval = interval_seconds
         self._batch_limit = batch_limit
         self._on_trouble = on_trouble
+        self._tail = tail
+        self._suspended = False
         self._loop = asyncio.get_running_loop()
         self._shards: dict[int, _Shard] = {}
         self._planned = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.unacknowledged = 0
+        self.late = 0  # settles that went to accounting as they were
 
     def __repr__(self) -> str:
         return f"Settlement(unacknowledged={self.unacknowledged})"
@@ -138,14 +178,32 @@ class Settlement:
             self._idle.clear()
             await self._idle.wait()
 
+    def suspend(self) -> None:
+        """Send nothing: it is not known which Redis this is."""
+        self._suspended = True
+
+    def resume(self) -> None:
+        if self._suspended:
+            self._suspended = False
+            if self.unacknowledged and not self._planned:
+                self._plan(0)
+
+    def hand_over(self, last_numbers: Mapping[int, int]) -> None:
+        """Batches above these numbers, by shard, may have been settled and lost: tell them late."""
+        for queue in self._shards.values():
+            if queue.batch and not queue.sent and queue.number > last_numbers.get(queue.shard, 0):
+                queue.late = True
+
     def _plan(self, seconds: float) -> None:
         self._planned = True
         self._loop.call_later(seconds, self._flush)
 
     def _flush(self) -> None:
         self._planned = False
+        if self._suspended:
+            return
         for queue in self._shards.values():
-            if queue.batch and not queue.command:
+            if queue.batch and not queue.sent:
                 self._send(queue, queue.batch)
             elif queue.waiting and not queue.batch:
                 batch = queue.waiting[: self._batch_limit]
@@ -153,29 +211,52 @@ class Settlement:
                 queue.number += 1
                 for one in batch:
                     self._journal.batched(one.slot, queue.number)
+                queue.events = join_events([one.settle.event for one in batch])
                 self._send(queue, batch)
 
     def _send(self, queue: _Shard, batch: list[_Waiting]) -> None:
-        queue.batch = batch
-        settles = [one.settle for one in batch]
+        queue.batch, queue.sent = batch, True
         for one in batch:
             if one.lease is not None:
                 one.lease.drop(one.settle.credits_ucr, one.settle.tokens_held)
-        queue.command = batch_command(queue.shard, self._boot, queue.number, settles)
-        self._pipe.send(queue.command, lambda reply: self._acknowledged(queue, reply))
+        name = queue.shard, self._boot, queue.number
+        if queue.late:
+            command = late_command(*name, queue.events)
+        else:
+            command = batch_command(*name, [one.settle for one in batch], queue.events)
+        self._pipe.send(command, lambda reply: self._answered(queue, reply))
 
-    def _acknowledged(self, queue: _Shard, reply: object) -> None:
-        queue.command = b""
+    def _answered(self, queue: _Shard, reply: object) -> None:
+        queue.sent = False
+        if not reply and queue.refusals:  # settled, or broken off within: accounting will tell
+            queue.late = True
+            reply = RedisDown()
         if isinstance(reply, Exception):
             for one in queue.batch:
                 if one.lease is not None:
                     one.lease.take(one.settle.credits_ucr, one.settle.tokens_held)
             if isinstance(reply, hiredis.ReplyError):
-                self._on_trouble(f"settle of shard {queue.shard} refused: {reply}")
+                self._refused(queue, reply)
             if not self._planned:
                 self._plan(_RETRY_SECONDS)
             return
+        self._acknowledged(queue)
+
+    def _refused(self, queue: _Shard, error: hiredis.ReplyError) -> None:
+        """By now or for good: what is for good must not block its shard."""
+        self._on_trouble(f"settle of shard {queue.shard} refused: {error}")
+        if queue.late or str(error).startswith(_PASSING):
+            return
+        queue.refusals += 1
+        queue.late = is_fenced(error) or queue.refusals >= _REFUSALS
+
+    def _acknowledged(self, queue: _Shard) -> None:
         batch, queue.batch = queue.batch, []
+        if queue.late:
+            self.late += len(batch)
+        if self._tail is not None:
+            self._tail.add(queue.shard, queue.number, queue.events)
+        queue.late, queue.refusals = False, 0
         for one in batch:
             self._journal.free(one.slot)
         self.unacknowledged -= len(batch)

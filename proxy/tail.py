@@ -21,7 +21,6 @@ from typing import NamedTuple
 from proxy.journal import allocated
 
 HALF_BYTES = 8 * 1024 * 1024
-LATE = 0xFFFF_FFFF  # in place of a batch number: was handed over, and took no number
 _HEADER = Layout("<II")
 _RECORD = Layout("<IIII")
 
@@ -72,11 +71,6 @@ class Tail:
     def records(self) -> list[Record]:
         """What is there, the oldest first."""
         return list(_records(memoryview(self._map)))
-
-    def forget(self) -> None:
-        """All of it is told again, and added anew as it is."""
-        self._begin(self._half_bytes - self._half)
-        self._begin(self._half_bytes - self._half)
 
     def close(self, remove: bool) -> None:
         self._map.close()

@@ -17,7 +17,7 @@ import hiredis
 import msgspec
 import uvloop
 
-from accounting.contract import catalogue, keyspace
+from accounting.contract import catalogue
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Settings, load
 from proxy import recalls
@@ -25,7 +25,8 @@ from proxy.aiohttp_lane import AiohttpLane
 from proxy.cooldown import CooldownRules
 from proxy.drain import drain
 from proxy.front_door import FrontDoor
-from proxy.journal import Journal, find_orphans
+from proxy.journal import Journal, OrphanJournal, find_orphans
+from proxy.journal_sync import JournalSync
 from proxy.keys import Keys
 from proxy.leases import Leases
 from proxy.metrics import Counters
@@ -35,16 +36,15 @@ from proxy.request_ids import RequestIds
 from proxy.routing import Routing
 from proxy.services import Services
 from proxy.settlement import Settlement
+from proxy.standing import Standing
+from proxy.tail import Tail
 from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux: a worker drains when its supervisor is gone
 _LOOK_SECONDS = 0.02
 _UNUSED_SECONDS = 0.1
-_GATE_OPEN_SECONDS = 1.0
-_GATE_CLOSED_SECONDS = 0.05
 _SETTLE_WAIT_SECONDS = 10.0
-_HEARTBEATS_KEPT = 15
 _GC_THRESHOLDS = (50_000, 20, 50)
 
 
@@ -70,6 +70,7 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self._kept: dict[str, str] = {}  # journals that could not be replayed, and why
         self._refused = ""  # why Redis last refused a settle
+        self._late = 0  # settles told late, as counted before
         self._journals = journal_folder(settings)
         self._journals.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._counters = Counters(metrics_path, row)
@@ -79,7 +80,16 @@ class Worker:
             settings.redis_pending,
             self._redis_changed,
         )
-        self.services = self._build()
+        self._tail = Tail(self._journals / f"{self._boot}.tail")
+        self.services = services = self._build()
+        self._sync = JournalSync(
+            [self._tail.descriptor, services.journal.descriptor],
+            settings.journal_sync_seconds,
+            self._sync_failed,
+        )
+        self._standing = Standing(
+            self._pipe, self._boot, services, self._tail, self._gate_moved, self._fenced
+        )
 
     def _build(self) -> Services:
         settings, pipe, now = self._settings, self._pipe, self._loop.time
@@ -115,6 +125,7 @@ class Worker:
                 settings.settle_interval_seconds,
                 settings.settle_batch,
                 self._settle_refused,
+                self._tail,
             ),
             counters=self._counters,
             aiohttp_lane=AiohttpLane(settings, keys, routing),
@@ -125,14 +136,15 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping.set)
         await self._pipe.start()
-        await self._look_at_gate()
+        self._sync.start()
+        await self._standing.look()
         services = self.services
         server = await self._loop.create_server(
             lambda: FrontDoor(services), sock=listener, backlog=4096
         )
         self._tasks = [
             self._loop.create_task(self._sweep()),
-            self._loop.create_task(self._watch_gate()),
+            self._loop.create_task(self._standing.watch()),
             self._loop.create_task(self._give_back_unused()),
             self._loop.create_task(
                 recalls.listen(
@@ -142,7 +154,7 @@ class Worker:
                     self._recalls_heard,
                 )
             ),
-            self._loop.create_task(self._beat()),
+            self._loop.create_task(self._standing.keep_beating(self._settings.heartbeat_seconds)),
             self._loop.create_task(self._replay_orphans()),
         ]
         gc.collect()
@@ -167,6 +179,8 @@ class Worker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         retired = settled and await self._retired()
         await self._pipe.stop()
+        self._sync.stop()
+        self._tail.close(remove=retired)
         services.journal.close(remove=retired)
 
     async def _settled(self) -> bool:
@@ -188,7 +202,6 @@ class Worker:
         """Forget this boot. False when Redis cannot be told: the journal then stays."""
         try:
             await retire(self._pipe, self._boot)
-            await self._pipe.command("DEL", keyspace.worker_key(self._boot))
         except (RedisDown, hiredis.ReplyError):
             return False
         return True
@@ -209,6 +222,8 @@ class Worker:
             counters.set("tollgate_exchanges", len(services.exchanges))
             counters.set("tollgate_targets_cooling", services.routing.cooling)
             counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
+            counters.add("tollgate_settles_late", services.settlement.late - self._late)
+            self._late = services.settlement.late
             counters.set("tollgate_journal_slots_used", services.journal.used)
 
     async def _give_back_unused(self) -> None:
@@ -223,52 +238,43 @@ class Worker:
         if not heard:
             leases.give_back_all()
 
-    async def _watch_gate(self) -> None:
-        """Admit only while Redis has its epoch: without it, it is being filled anew."""
-        while True:
-            found = await self._look_at_gate()
-            await asyncio.sleep(_GATE_OPEN_SECONDS if found else _GATE_CLOSED_SECONDS)
+    def _gate_moved(self, is_open: bool) -> None:
+        self._counters.set("tollgate_gate_open", int(is_open))
+        say("gate open" if is_open else "gate closed")
 
-    async def _look_at_gate(self) -> bool:
-        services = self.services
-        try:
-            found: bool = await self._pipe.command("EXISTS", keyspace.EPOCH) == 1
-        except (RedisDown, hiredis.ReplyError):
-            found = False
-        if found != services.gate_open:
-            services.gate_open = found
-            self._counters.set("tollgate_gate_open", int(found))
-            say("gate open" if found else "gate closed")
-        return found
+    def _fenced(self) -> None:
+        """This boot was taken to be lost: make room for one that may lease."""
+        say("boot retired by others", boot=self._boot)
+        self._stopping.set()
 
-    async def _beat(self) -> None:
-        """Say that this boot lives."""
-        seconds = self._settings.heartbeat_seconds
-        lifetime_ms = int(seconds * _HEARTBEATS_KEPT * 1000)
-        while True:
-            try:
-                await self._pipe.command(
-                    "SET", keyspace.worker_key(self._boot), "1", "PX", lifetime_ms
-                )
-                await asyncio.sleep(seconds)
-            except (RedisDown, hiredis.ReplyError):
-                await asyncio.sleep(seconds / 2)
+    def _sync_failed(self, why: str) -> None:
+        """Called from the thread that syncs."""
+        self._loop.call_soon_threadsafe(self._say_unsynced, why)
+
+    def _say_unsynced(self, why: str) -> None:
+        self._counters.add("tollgate_journal_sync_failures")
+        say("journal not on disk", why=why)
 
     async def _replay_orphans(self) -> None:
         """Settle what dead workers left; look again now and then."""
         while True:
             for journal in find_orphans(self._journals):
-                done = False
-                try:
-                    count = await replay(journal, self._pipe)
-                    self._counters.add("tollgate_replayed_settles", count)
-                    say("journal replayed", boot=journal.boot, settles=count)
-                    done = True
-                except (RedisDown, hiredis.ReplyError, msgspec.DecodeError) as error:
-                    self._say_kept(journal.boot, str(error) or "Redis is down")
-                finally:
-                    journal.close(remove=done)
+                await self._replay(journal)
+            if self._pipe.up:
+                self._standing.orphans_settled = True
             await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    async def _replay(self, journal: OrphanJournal) -> None:
+        done = False
+        try:
+            count = await replay(journal, self._pipe, self.services.journal.era)
+            self._counters.add("tollgate_replayed_settles", count)
+            say("journal replayed", boot=journal.boot, settles=count)
+            done = True
+        except (RedisDown, hiredis.ReplyError, msgspec.DecodeError) as error:
+            self._say_kept(journal.boot, str(error) or "Redis is down")
+        finally:
+            journal.close(remove=done)
 
     def _say_kept(self, boot: str, why: str) -> None:
         """Once per journal and reason, however often it is looked at."""
@@ -277,6 +283,8 @@ class Worker:
             say("journal kept", boot=boot, why=why)
 
     def _redis_changed(self, up: bool) -> None:
+        if up:
+            self._standing.connected()
         self._counters.set("tollgate_redis_up", int(up))
         say("redis up" if up else "redis down")
 

@@ -11,11 +11,12 @@ arrays, read by Lua's cmsgpack and by msgspec alike.
 | `{sNN}:boots` | hash | for good, a field per worker boot | last batch settled, or `fenced` |
 | `{sNN}:leases:<boot>` | set | while its boot is known | `<workspace>|<key>` leased, or `fenced` |
 | `key:<sha256>` | string | until revoked | KeyRecord |
-| `epoch` | string | for good | set when Redis has been filled from Postgres; absent: gate closed |
+| `epoch` | string | for good | set when Redis has been filled from Postgres, see `is_filled` |
 | `{workers}:heard` | sorted set | a boot, until retired | last heard of, ms of the clock below |
 | `{workers}:fenced` | sorted set | a retired boot | keep its fence until: ms, Redis's time |
 | `{workers}:clock` | hash | for good | `ms`: see `silent.lua`; `at`: when it last moved |
-| `worker:<boot>` | string | heartbeat, expires | a worker lives |
+| `muster` | string | while Redis is rebuilt | the epoch to come: who leases, say so anew |
+| `mustered:<epoch>` | hash | a minute | the boots that have, and how many batches each told late |
 | `recall` | pub/sub channel | – | a workspace id: workers give back what they leased ahead |
 
 Fields of a workspace: `w` Wallet, `k:<key>` KeyRules, `c:<key>` KeyCounters,
@@ -31,6 +32,7 @@ from msgspec import Struct
 from accounting.contract.settings import SHARDS
 
 EPOCH = "epoch"
+MUSTER = "muster"
 HEARD, FENCED, CLOCK = "{workers}:heard", "{workers}:fenced", "{workers}:clock"
 FENCE = "fenced"  # in place of a batch number, or of a lease
 RECALL_CHANNEL = "recall"
@@ -151,5 +153,19 @@ def digest_key(digest: str) -> str:
     return f"key:{digest}"
 
 
-def worker_key(boot: str) -> str:
-    return f"worker:{boot}"
+def mustered_key(epoch: str) -> str:
+    return f"mustered:{epoch}"
+
+
+def epoch_of(name: str, run: str) -> str:
+    """The epoch of a Redis filled in the run (`run_id`) it is in."""
+    return f"{name}@{run}"
+
+
+def is_filled(epoch: str | None, run: str) -> bool:
+    """Whether Redis holds what the ledger says, so that the gate may be open.
+
+    An epoch of another run says nothing: Redis may have come back without its last seconds.
+    """
+    name, _, filled_in = (epoch or "").partition("@")
+    return bool(name) and filled_in in ("", run)

@@ -140,7 +140,7 @@ class Seeds:
     def bytes(self) -> dict[bytes, bytes]:
         """Every key of Redis with its DUMP, but for the workers' heartbeats."""
         found = self.store.everything()
-        return {name: dump for name, dump in found.items() if not name.startswith(b"worker:")}
+        return {name: dump for name, dump in found.items() if not name.startswith(b"{workers}:")}
 
 
 class Oracle:

@@ -3,12 +3,24 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hiredis
 import msgspec
 import pytest
 
 from accounting.contract import keyspace
+from accounting.contract.errors import Unavailable
+from accounting.contract.figures import pack_figures, unpack_figures
+from accounting.contract.keyspace import KeyRules
 from accounting.contract.pricing import Price, Rates
-from accounting.contract.usage_event import TokenUsage, UsageEvent, decode_event, split_events
+from accounting.contract.scripts import SCRIPTS
+from accounting.contract.settings import SHARDS
+from accounting.contract.usage_event import (
+    TokenUsage,
+    UsageEvent,
+    decode_event,
+    join_events,
+    split_events,
+)
 from proxy.admission import Hold
 from proxy.journal import Journal, OrphanJournal, find_orphans
 from proxy.key_lease import Ask
@@ -16,6 +28,7 @@ from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, RedisPipe
 from proxy.replay import Opening, encode_opening, replay, retire, settle_of_open
 from proxy.settlement import batch_command, encode_settle
+from proxy.tail import Tail
 from tests.contract.store import Store, same_shard
 from tests.proxy.redis_scene import FailingCalls, empty_store, open_pipe, record
 from tests.proxy.test_settlement import BOOT, WS, event, settle
@@ -140,8 +153,9 @@ def assert_all_is_settled(store: Store, worker: DeadWorker) -> None:
         assert counters.spent_ucr == worker.charges[workspace]
         assert (counters.open, counters.held_ucr, counters.held_tokens) == (0, 0, 0)
         assert not store.snapshot(workspace).leases
-        assert not store.leased_by(workspace, BOOT)
-        assert not store.client.hexists(keyspace.boots_key(keyspace.shard_of(workspace)), BOOT)
+        assert store.leased_by(workspace, BOOT) == {b"fenced"}
+        boots = keyspace.boots_key(keyspace.shard_of(workspace))
+        assert store.client.hget(boots, BOOT) == b"fenced"
     found = events(store)
     assert len({one.request_id for one in found}) == len(found) == worker.number
     assert sum(one.charge_ucr for one in found) == sum(worker.charges.values())
@@ -169,10 +183,10 @@ async def test_a_second_replay_of_the_same_journal_changes_nothing(
 async def test_a_replay_lost_at_any_call_is_finished_by_the_next(
     store: Store, pipe: RedisPipe, tmp_path: Path, after: bool
 ) -> None:
-    """Calls are lost from the n-th on, before Redis takes it or after, for every n."""
-    lost_at = 0
-    while True:
-        lost_at += 1
+    """Calls are lost from the n-th on, before Redis takes it or after."""
+    begun, retired = SHARDS, 2 * SHARDS  # it asks each shard first, and last fences each
+    ends = range(retired, retired + 7)
+    for lost_at in (1, *range(begun, begun + 8), *range(begun + 8, retired, 9), *ends):
         store.client.flushall()
         for script in store.sources.values():
             store.client.script_load(script)
@@ -190,8 +204,6 @@ async def test_a_replay_lost_at_any_call_is_finished_by_the_next(
             await replay(journal, pipe)
             journal.close(remove=True)
             assert_all_is_settled(store, worker)
-            if lost_at >= 16:  # from here on it is the same retirement, shard after shard
-                return
         else:
             raise AssertionError(f"only {calls.calls} calls")
 
@@ -291,3 +303,128 @@ async def test_an_empty_journal_still_retires_its_boot(
     assert store.wallet(WS).held == 0
     await retire(pipe, BOOT)  # and once more does nothing
     assert store.wallet(WS).balance == BALANCE
+
+
+# What can be settled no more is told late
+
+
+def late_numbers(store: Store, workspace: str = WS) -> list[int]:
+    """The exchanges on the stream whose charges nobody has taken."""
+    found = []
+    for _, fields in store.stream(workspace):
+        if b"l" in fields:
+            found += [decode_event(one).request_id for one in split_events(fields[b"e"])]
+    return [int(name[4:]) for name in found]
+
+
+async def replayed(worker: DeadWorker, pipe: RedisPipe, era: int = 0) -> int:
+    journal = orphan(worker)
+    count = await replay(journal, pipe, era)
+    journal.close(remove=True)
+    return count
+
+
+async def test_the_journal_of_a_boot_taken_to_be_lost_is_told_late(
+    store: Store, pipe: RedisPipe, dead: DeadWorker
+) -> None:
+    await retire(pipe, BOOT)
+    before = {workspace: store.wallet(workspace) for workspace in (WS, NEIGHBOUR, ELSEWHERE)}
+    assert await replayed(dead, pipe) == dead.number
+    for workspace, wallet in before.items():
+        assert store.wallet(workspace) == wallet
+        assert wallet.held == 0
+    told = sorted(late_numbers(store) + late_numbers(store, ELSEWHERE))
+    assert told == list(range(1, dead.number + 1))  # the one that was settled, too
+
+
+async def test_what_was_sent_to_another_redis_is_told_late(
+    store: Store, pipe: RedisPipe, tmp_path: Path
+) -> None:
+    worker = DeadWorker(pipe, tmp_path)
+    worker.journal.era = 7
+    await worker.sent(1)  # settled, and kept
+    await worker.ended(batch=2)  # settled, posted, and lost again? nobody can say
+    worker.journal.era = 8
+    await worker.ended(batch=3)
+    await worker.ended()
+    worker.journal.close(remove=False)
+    assert await replayed(worker, pipe, era=8) == 4
+    assert late_numbers(store) == [2]
+    assert store.wallet(WS).balance == BALANCE - 90
+    assert store.wallet(WS).held == 0
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+async def test_what_redis_had_acknowledged_and_lost_is_told_late(
+    store: Store, pipe: RedisPipe, tmp_path: Path, emptied: bool
+) -> None:
+    worker = DeadWorker(pipe, tmp_path)
+    tail = Tail(worker.journal.path.with_suffix(".tail"), 65536)
+    for number in (1, 2, 3):
+        slot = await worker.ended(batch=number)
+        ended = settle(number, 30, 100)
+        await pipe.call(batch_command(keyspace.shard_of(WS), BOOT, number, [ended]))
+        tail.add(keyspace.shard_of(WS), number, join_events([ended.event]))
+        worker.journal.free(slot)
+    worker.journal.close(remove=False)
+    tail.close(remove=False)
+    boots = keyspace.boots_key(keyspace.shard_of(WS))
+    if emptied:
+        store.client.flushall()
+    else:
+        store.client.hset(boots, BOOT, 1)
+    assert await replayed(worker, pipe) == 0
+    assert late_numbers(store) == ([1, 2, 3] if emptied else [2, 3])
+
+
+async def test_a_lease_command_that_comes_after_the_replay_leaks_nothing(
+    store: Store, pipe: RedisPipe, dead: DeadWorker
+) -> None:
+    await replayed(dead, pipe)
+    late: list[object] = []
+    Leases(pipe, BOOT, lambda: 0.0).admit(record(), Ask(7, 7, 1, 1, late.append))
+    await eventually(lambda: late)
+    assert isinstance(late[0], Unavailable)
+    assert store.wallet(WS).held == 0 and not store.snapshot(WS).leases
+
+
+async def test_a_settle_command_that_comes_after_the_replay_charges_nothing(
+    store: Store, pipe: RedisPipe, dead: DeadWorker
+) -> None:
+    await replayed(dead, pipe)
+    before = store.wallet(WS)
+    with pytest.raises(hiredis.ReplyError, match="FENCED"):
+        await pipe.call(batch_command(keyspace.shard_of(WS), BOOT, 2, [settle(2, 30, 100)]))
+    assert store.wallet(WS) == before
+
+
+async def test_what_was_leased_ahead_counts_as_requests_made(
+    store: Store, pipe: RedisPipe, tmp_path: Path
+) -> None:
+    """The worker may have used it without having told."""
+    store.put_key(WS, "key_1", KeyRules(1, keyspace.LIVE, requests_per_minute=60))
+    worker = DeadWorker(pipe, tmp_path)
+    message = pack_figures(1, *[0] * 7, 5, 1, 1)
+    words = keyspace.workspace_key(WS), keyspace.leases_key(keyspace.shard_of(WS), BOOT)
+    reply = await pipe.command(
+        "EVALSHA", SCRIPTS["lease"].digest, 2, *words, BOOT, "key_1", WS, message
+    )
+    assert unpack_figures(reply)[-5] == 5
+    worker.journal.close(remove=False)
+    await replayed(worker, pipe)
+    counters = store.counters(WS)
+    assert counters.held_requests == 0
+    assert counters.requests_tat > store.now() + 4_000_000
+
+
+async def test_a_worker_that_retires_itself_has_told_of_everything(
+    store: Store, pipe: RedisPipe, tmp_path: Path
+) -> None:
+    store.put_key(WS, "key_1", KeyRules(1, keyspace.LIVE, requests_per_minute=60))
+    worker = DeadWorker(pipe, tmp_path)
+    worker.leases.admit(record(), Ask(70, 7, 1, 1, worker.held.append))
+    await eventually(lambda: worker.held)
+    before = store.counters(WS).requests_tat
+    await retire(pipe, BOOT)
+    assert store.counters(WS).requests_tat == before
+    worker.journal.close(remove=True)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hiredis
 import msgspec
 import pytest
 
@@ -23,7 +24,9 @@ from proxy.journal import Journal
 from proxy.key_lease import Ask, KeyLease
 from proxy.leases import Leases
 from proxy.redis_pipe import RedisPipe
+from proxy.replay import retire
 from proxy.settlement import Settle, Settlement, encode_settle, settle_decoder
+from proxy.tail import Tail
 from tests.contract.store import Store, same_shard
 from tests.proxy.redis_scene import Between, empty_store, open_pipe, record
 from tests.waiting import eventually
@@ -79,11 +82,13 @@ def settle(
 class Till:
     """One worker's settlement, with its journal and leases."""
 
-    def __init__(self, pipe: RedisPipe, folder: Path) -> None:
+    def __init__(self, pipe: RedisPipe, folder: Path, tail: Tail | None = None) -> None:
         self.pipe = pipe
         self.journal = Journal(folder / f"{BOOT}.journal", 64)
         self.trouble: list[str] = []
-        self.settlement = Settlement(pipe, self.journal, BOOT, 0.001, BATCH, self.trouble.append)
+        self.settlement = Settlement(
+            pipe, self.journal, BOOT, 0.001, BATCH, self.trouble.append, tail
+        )
         self.leases = Leases(pipe, BOOT, lambda: 0.0)
         self._number = 0
 
@@ -336,3 +341,120 @@ def test_a_settle_survives_its_encoding() -> None:
     assert settle_decoder.decode(encode_settle(one)) == one
     with pytest.raises(msgspec.DecodeError):
         settle_decoder.decode(b"")
+
+
+# What cannot be settled goes to accounting as it is
+
+
+def late(store: Store) -> list[int]:
+    found = []
+    for _, fields in store.stream(WS):
+        if b"l" in fields:
+            found += [decode_event(one).request_id for one in split_events(fields[b"e"])]
+    return [int(name[4:]) for name in found]
+
+
+async def test_a_batch_refused_for_good_does_not_block_its_shard(store: Store, till: Till) -> None:
+    store.fund(WS, 100)
+    broken = msgspec.structs.replace(settle(77, 1, 1), credits_ucr=-1)
+    slot = till.journal.reserve()
+    till.journal.settle(slot, encode_settle(broken))
+    till.settlement.submit(SHARD, broken, slot)
+    await eventually(lambda: till.trouble)
+    till.submit()
+    await till.drained()
+    assert late(store) == [77]
+    assert till.settlement.late == 1
+    assert store.wallet(WS).balance == 94
+    assert len(till.trouble) == 5 and "expected a whole number" in till.trouble[0]
+
+
+async def test_a_redis_without_memory_is_waited_for(store: Store, till: Till) -> None:
+    """OOM passes: however often it refuses, nothing is handed over."""
+    store.fund(WS, 100)
+    till.submit()
+    await eventually(lambda: till.settlement.unacknowledged)
+    [queue] = till.settlement._shards.values()
+    for _ in range(20):
+        till.settlement._refused(queue, hiredis.ReplyError("OOM command not allowed"))
+    await till.drained()
+    assert (late(store), till.settlement.late) == ([], 0)
+    assert store.wallet(WS).balance == 94
+
+
+async def test_the_settles_of_a_retired_boot_are_told_late(store: Store, till: Till) -> None:
+    store.fund(WS, 100)
+    lease, _ = await till.hold(10)
+    await retire(till.pipe, BOOT)
+    for _ in range(3):
+        till.submit(6, 10, lease=lease)
+    await till.drained()
+    assert late(store) == [1, 2, 3]
+    assert store.wallet(WS).balance == 100
+
+
+async def test_a_batch_that_was_broken_off_within_is_told_late(store: Store, till: Till) -> None:
+    """Refused once, and taken for settled since: its number was noted, its events may not be."""
+    store.fund(WS, 100)
+    key = keyspace.workspace_key(WS)
+    wallet = store.client.dump(key)
+    store.client.delete(key)
+    store.client.set(key, "not a hash")
+    till.submit()
+    await eventually(lambda: till.trouble)
+    store.client.delete(key)
+    store.client.restore(key, 0, wallet)
+    await till.drained()
+    assert late(store) == [1]
+    assert store.wallet(WS).balance == 100
+
+
+async def test_nothing_is_sent_while_it_is_not_known_which_redis_this_is(
+    store: Store, between: Between, till: Till
+) -> None:
+    store.fund(WS, 100)
+    till.settlement.suspend()
+    till.submit()
+    between.commands_seen = b""
+    await till.pipe.command("PING")
+    await eventually(lambda: not till.settlement._planned)
+    await till.pipe.command("PING")
+    assert b"usage" not in between.commands_seen
+    till.settlement.resume()
+    await till.drained()
+    assert batches(store) == [(1, [1])]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+async def test_a_batch_sent_to_another_redis_is_told_late_unless_this_one_knows_it(
+    store: Store, between: Between, till: Till, settled: bool
+) -> None:
+    store.fund(WS, 100)
+    between.silent = True
+    till.submit()
+    await eventually(lambda: till.settlement.unacknowledged and not till.pipe.up)
+    till.settlement.suspend()
+    between.silent = False
+    await eventually(lambda: till.pipe.up)
+    till.settlement.hand_over({SHARD: 1} if settled else {})
+    till.settlement.resume()
+    await till.drained()
+    assert late(store) == ([] if settled else [1])
+    assert store.wallet(WS).balance == 94
+
+
+async def test_what_is_acknowledged_is_in_the_tail(
+    store: Store, between: Between, tmp_path: Path
+) -> None:
+    store.fund(WS, 100)
+    tail = Tail(tmp_path / "boot.tail", 65536)
+    async with open_pipe(between.url) as pipe:
+        till = Till(pipe, tmp_path, tail)
+        for _ in range(6):
+            till.submit()
+        await till.drained()
+        till.journal.close(remove=True)
+    told = [decode_event(one) for record in tail.records() for one in split_events(record.events)]
+    assert [int(one.request_id[4:]) for one in told] == [1, 2, 3, 4, 5, 6]
+    assert {(record.shard, record.number) for record in tail.records()} == {(SHARD, 1), (SHARD, 2)}
+    tail.close(remove=True)

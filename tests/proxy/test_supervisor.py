@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from accounting.contract.keyspace import HEARD
 from benchmarks.provider import script_from
 from tests.proxy.ends import DONE, STREAM_END, chat, delta, request, sse, usage_chunk
 from tests.proxy.harness import PROVIDER_KEY, Seeds
@@ -156,7 +157,8 @@ async def test_a_killed_worker_is_replaced_and_its_exchanges_are_settled(
     await eventually(lambda: len(host.log("journal replayed")) == 1)
     assert host.log("journal replayed")[0]["settles"] == 2
     journals = host.folder / "data" / "journals"
-    await eventually(lambda: len(list(journals.iterdir())) == 1)
+    await eventually(lambda: len(list(journals.glob("*.journal"))) == 1)
+    assert len(list(journals.glob("*.tail"))) == 1
     assert (await host.ask(estimated.secret, chat())).status == 200
 
 
@@ -193,8 +195,9 @@ async def test_sigterm_lets_a_stream_finish(host: Host, seeds: Seeds) -> None:
     (event,) = seeds.events(key)
     assert (event.outcome, event.charge_ucr) == ("completed", 3 * 15 + 4 * 60)
     assert not list((host.folder / "data" / "journals").iterdir())
-    assert not list(seeds.store.client.scan_iter("worker:*"))
-    assert not list(seeds.store.client.scan_iter("*:leases:*"))
+    assert not seeds.store.client.exists(HEARD)
+    for leases in seeds.store.client.scan_iter("*:leases:*"):
+        assert seeds.store.client.smembers(leases) == {b"fenced"}
 
 
 async def test_sigterm_cuts_what_lasts_too_long_and_settles_it(host: Host, seeds: Seeds) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.tail import LATE, Record, Tail, left_behind
+from proxy.tail import Record, Tail, left_behind
 
 HALF = 4096
 
@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
 def test_what_was_added_is_there_in_order(path: Path) -> None:
     tail = Tail(path, HALF)
     assert tail.records() == left_behind(path) == []
-    records = [Record(3, 1, b"one"), Record(63, 7, b""), Record(0, LATE, bytes(500))]
+    records = [Record(3, 1, b"one"), Record(63, 7, b""), Record(0, 2**32 - 1, bytes(500))]
     for record in records:
         tail.add(*record)
     assert tail.records() == left_behind(path) == records
@@ -38,17 +38,6 @@ def test_at_least_the_last_half_is_kept(path: Path) -> None:
         assert kept[0].number == 1 or size >= HALF - 8 - 316
     tail.close(remove=True)
     assert not path.exists()
-
-
-def test_what_was_told_again_is_forgotten(path: Path) -> None:
-    tail = Tail(path, HALF)
-    for number in range(1, 40):
-        tail.add(1, number, bytes(150))
-    tail.forget()
-    assert tail.records() == left_behind(path) == []
-    tail.add(1, 40, b"next")
-    assert tail.records() == [Record(1, 40, b"next")]
-    tail.close(remove=True)
 
 
 def test_a_batch_larger_than_a_half_is_no_error(path: Path) -> None:
