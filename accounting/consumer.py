@@ -41,6 +41,10 @@ REFUSALS = (
 _LOST = (*OUTAGES, RedisError, asyncpg.IdleInTransactionSessionTimeoutError)
 _TRANSACTION_BYTES = 1024 * 1024  # of events, some thousands, in one SQL transaction
 _SHARE_SECONDS = 2.0
+# From one read to the next, unless more is waiting than one brings: a read of all shards costs
+# Redis 65 µs however little it finds, and each shard in it three commands more. With 1,500
+# requests/s of as many workspaces: 221 -> 117 µs of accounting per event, Postgres 198 -> 140.
+_GATHER_SECONDS = 0.05
 _SHARE_SOON_SECONDS = 0.1  # while others are to give up shards, which nobody posts meanwhile
 _REDIS_PATIENCE_SECONDS = 5.0
 _PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -142,7 +146,10 @@ class Consumer:
                 continue
             entries = await self._read(stream)
             if entries:
+                gathered_at = time.monotonic() + _GATHER_SECONDS
                 await self._post(connection, stream, entries)
+                if not stream.more:
+                    await self._stops_within(max(0.0, gathered_at - time.monotonic()))
 
     async def _read(self, stream: UsageStream) -> list[Entry]:
         """The next entries, or none when asked to stop meanwhile: they stay pending."""

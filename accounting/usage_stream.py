@@ -33,6 +33,7 @@ class UsageStream:
         self._batch = batch
         self._position: dict[int, str] = {}
         self._busy = 0  # shards that had something at the last read
+        self.more = False  # than the last read could bring, of some shard, may be waiting
 
     def __repr__(self) -> str:
         return f"<UsageStream shards={sorted(self._position)}>"
@@ -103,17 +104,19 @@ class UsageStream:
 
     async def _read_group(self, wait_seconds: float) -> dict[int, list[Entry]]:
         keys = {stream_key(shard): shard for shard in sorted(self._position)}
+        count = max(1, self._batch // max(1, self._busy or len(keys)))
         reply: Any = await self._redis.xreadgroup(
             STREAM_GROUP,
             _CONSUMER,
             {key: self._position[shard] for key, shard in keys.items()},
-            count=max(1, self._batch // max(1, self._busy or len(keys))),
+            count=count,
             block=max(1, int(wait_seconds * 1000)),
         )
         found = {}
         for key, entries in reply:
             shard = keys[key.decode()]
             found[shard] = [entry(shard, raw_id, fields) for raw_id, fields in entries]
+        self.more = any(len(entries) >= count for entries in found.values())
         return found
 
     async def _more_pending_than(self, expected: dict[int, int]) -> set[int]:
