@@ -24,6 +24,7 @@ class Client(Protocol):
     """The client's side of the wire."""
 
     def write(self, data: bytes) -> None: ...
+    def write_now(self, data: bytes) -> None: ...
     def write_large(self, pieces: list[bytes]) -> None: ...
     def exchange_done(self, close: bool) -> None: ...
 
@@ -70,7 +71,7 @@ class Answer:
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
         if not self.started:
             framed = self._head() + framed
-        self._client.write(framed)
+        self._client.write_now(framed)
 
     def _head(self) -> bytes:
         """The head of a stream, once."""

@@ -183,6 +183,14 @@ class FrontDoor(asyncio.Protocol):
             self._services.loop.call_soon(self._flush)
         self._outgoing.append(data)
 
+    def write_now(self, data: bytes) -> None:
+        """Written before anything else happens: a chunk is not to wait for those of others."""
+        if self._outgoing:
+            self._outgoing.append(data)
+            self._flush()
+        elif self._transport is not None:
+            self._transport.write(data)
+
     def write_large(self, pieces: list[bytes]) -> None:
         """Written at once and as they are. The loop may read a provider's socket up to 32 times
         in a turn: only what is written can make it pause."""

@@ -29,6 +29,7 @@ from proxy.journal import Journal, OrphanJournal, find_orphans
 from proxy.journal_sync import JournalSync
 from proxy.keys import Keys
 from proxy.leases import Leases
+from proxy.memory import keep_freed_memory
 from proxy.metrics import Counters
 from proxy.redis_pipe import RedisDown, RedisPipe
 from proxy.replay import replay, retire
@@ -37,6 +38,7 @@ from proxy.routing import Routing
 from proxy.services import Services
 from proxy.settlement import Settlement
 from proxy.standing import Standing
+from proxy.sweep import look_at_all
 from proxy.tail import Tail
 from proxy.upstream import Upstreams
 
@@ -212,10 +214,7 @@ class Worker:
         """Time-outs, idle connections and leases, gauges: about twice a second."""
         services, counters = self.services, self._counters
         while True:
-            await asyncio.sleep(_SWEEP_SECONDS)
-            now = self._loop.time()
-            for connection in list(services.connections):
-                connection.check_time(now)
+            await look_at_all(services.connections, _SWEEP_SECONDS, self._loop.time)
             services.upstreams.sweep()
             services.leases.release_idle()
             counters.set("tollgate_connections", len(services.connections))
@@ -314,6 +313,7 @@ async def _main(row: int, listener: socket.socket, metrics_path: Path) -> None:
 def main(arguments: list[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    keep_freed_memory()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     row, descriptor, metrics_path = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     listener = socket.socket(fileno=descriptor)
