@@ -32,6 +32,7 @@ Scope = Literal["inference", "account"]  # what calls models, and the account AP
 ACCOUNT: Scope = "account"
 
 _LISTED = 1000  # the newest; older ones are of no use to a reader
+_PAGE = 500  # published together
 _SECRET_BYTES = 32
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COLUMNS = (
@@ -218,6 +219,40 @@ async def publish(pool: asyncpg.Pool, redis: Redis, key_id: str) -> Key:
         key = _key(row)
         await _put(redis, key, row["digest"])
     return key
+
+
+async def publish_all(pool: asyncpg.Pool, redis: Redis) -> int:
+    """Copy all keys to a Redis whose gate is closed, so that nobody need be recalled."""
+    await scripts.load_all(redis)
+    after, count = "", 0
+    while True:
+        async with pool.acquire() as connection, connection.transaction():
+            rows = await connection.fetch(
+                f"select {_COLUMNS}, digest from api_keys where id > $1 order by id limit $2"  # noqa: S608
+                " for no key update",
+                after,
+                _PAGE,
+            )
+            if not rows:
+                return count
+            await _put_all(redis, [(_key(row), row["digest"]) for row in rows])
+        after, count = rows[-1]["id"], count + len(rows)
+
+
+async def _put_all(redis: Redis, found: list[tuple[Key, str]]) -> None:
+    async with redis.pipeline(transaction=False) as pipe:
+        for key, _digest in found:
+            rules = msgspec.msgpack.encode(_rules(key))
+            where = keyspace.workspace_key(key.workspace_id)
+            pipe.evalsha(scripts.SCRIPTS["put_key"].digest, 1, where, key.id, rules)
+        written = await pipe.execute()
+        for (key, digest), is_newest in zip(found, written, strict=True):
+            if is_newest and key.state == keyspace.LIVE:
+                record = msgspec.msgpack.encode(_record(key))
+                pipe.set(keyspace.digest_key(digest), record)
+            elif is_newest:
+                pipe.delete(keyspace.digest_key(digest))
+        await pipe.execute()
 
 
 async def _put(redis: Redis, key: Key, digest: str) -> None:

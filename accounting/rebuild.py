@@ -1,18 +1,20 @@
 """Fills Redis from Postgres and the surviving stream: wallets, keys, spend; then opens the gate.
 
-Needed when Redis has lost its data (the key `epoch` is gone), or asked for by an operator.
+Needed when Redis has lost its data (the key `epoch` is gone), when it was started anew, for it
+may lack its last seconds, or asked for by an operator.
 
 Theory of operation. While `epoch` is missing nothing new is admitted, but exchanges that were
 open still settle. A settle moves a balance and what the ledger expects of it by the same
 amount, so the difference between the two, once reckoned, stays what it is: a script adds it,
 whatever has settled since. Only a delta applied meanwhile would count twice; the script sees
-that and changes nothing. What is held is summed anew from the leases within the script.
+that and changes nothing. What is held is summed anew from the leases within the script, after
+the workers have told them anew (`muster.py`). The epoch names the run of Redis it is for, so
+that the next start takes it away.
 
 Several processes may find the epoch missing: a lock lets one rebuild, the others find it done.
 """
 
 import asyncio
-import itertools
 import logging
 from collections import defaultdict
 from typing import Any
@@ -20,15 +22,16 @@ from typing import Any
 import msgspec
 from redis.asyncio import Redis
 
-from accounting import keys, reckoning
+from accounting import keys, muster, reckoning
 from accounting.contract import keyspace, scripts
 from accounting.contract.identifiers import ulid
 from accounting.contract.keyspace import KeyCounters
 from accounting.reckoning import Reckoning
 
 _LOCK = 0x70_6C_67_05
-_CHUNK = 100  # workspaces reckoned together
-_AT_ONCE = 4  # publications under way
+_CHUNK = 500  # workspaces reckoned together
+_CONNECTIONS_EACH = 3  # of the pool, for one chunk
+_CONNECTIONS_SPARED = 2
 _ATTEMPTS = 100
 _RESTORE = """
 -- restore: add to a wallet and its keys what they differ from the ledger.
@@ -39,9 +42,9 @@ _RESTORE = """
 -- Invariant: held = sum of leases = sum of what keys hold, and of what expiry reserves.
 local seen, last, balance, spent = unpack(cmsgpack.unpack(ARGV[1]))
 local fields = redis.call('HGETALL', KEYS[1])
-local w, counters, held = nil, {}, 0
+local w, counters, held, unused = nil, {}, 0, 0
 local function counter(key_id)
-  counters[key_id] = counters[key_id] or {0, 0, 0, 0, 0, 0, 0, 0, 0}
+  counters[key_id] = counters[key_id] or {0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
   return counters[key_id]
 end
 for i = 1, #fields, 2 do
@@ -49,7 +52,7 @@ for i = 1, #fields, 2 do
   if fields[i] == 'w' then w = cmsgpack.unpack(fields[i + 1]) end
   if key_id then
     local c = cmsgpack.unpack(fields[i + 1])
-    c[6], c[7], c[8] = 0, 0, 0
+    c[6], c[7], c[8], c[10] = 0, 0, 0, 0
     counters[key_id] = c
   end
 end
@@ -58,10 +61,11 @@ for i = 1, #fields, 2 do
   local boot, key_id = string.match(fields[i], '^l:(.+):([^:]+)$')
   if boot then
     local l = cmsgpack.unpack(fields[i + 1])
-    held = held + l[1]
+    held, unused = held + l[1], unused + (l[5] or 0)
     if boot ~= 'expiry' then
       local c = counter(key_id)
       c[6], c[7], c[8] = c[6] + l[3], c[7] + l[1], c[8] + l[2]
+      c[10] = c[10] + (l[4] or 0)
     end
   end
 end
@@ -69,7 +73,7 @@ for _, one in ipairs(spent) do
   local c = counter(one[1])
   c[9] = c[9] + one[2]
 end
-w[1], w[2], w[4] = w[1] + balance, held, last
+w[1], w[2], w[4], w[5] = w[1] + balance, held, last, unused
 redis.call('HSET', KEYS[1], 'w', cmsgpack.pack(w))
 for key_id, c in pairs(counters) do
   redis.call('HSET', KEYS[1], 'c:' .. key_id, cmsgpack.pack(c))
@@ -84,7 +88,9 @@ class RebuildError(Exception):
 
 
 async def needed(redis: Redis) -> bool:
-    return not await redis.exists(keyspace.EPOCH)
+    """Whether Redis does not say that it was filled, in the run it is in."""
+    epoch: Any = await redis.get(keyspace.EPOCH)
+    return not (epoch and keyspace.is_filled(epoch.decode(), (await muster.run_of(redis))[0]))
 
 
 async def rebuild(pool: Any, redis: Redis, *, always: bool = False) -> int:
@@ -104,25 +110,57 @@ async def rebuild(pool: Any, redis: Redis, *, always: bool = False) -> int:
 
 
 async def _rebuild(pool: Any, redis: Redis) -> int:
+    epoch = keyspace.epoch_of(ulid(), (await muster.run_of(redis))[0])
     await redis.delete(keyspace.EPOCH)
-    await _publish_keys(pool, redis)
+    await muster.raise_ids(pool, redis)
+    rows = await pool.fetch("select id, state from workspaces order by id")
+    for start in range(0, len(rows), _CHUNK):
+        await _make_known(redis, rows[start : start + _CHUNK])
+    await keys.publish_all(pool, redis)
+    missing = await muster.call(pool, redis, epoch)
+    await _restore_all(pool, redis, [row["id"] for row in rows])
+    await redis.set(keyspace.EPOCH, epoch)
+    await redis.delete(keyspace.MUSTER)
+    _log.info("Redis has been rebuilt: %d workspaces", len(rows))
+    if missing:
+        _log.error("did not tell what they hold: %s", ", ".join(sorted(missing)))
+    return len(rows)
+
+
+async def _make_known(redis: Redis, rows: list[Any]) -> None:
+    """Without keys and balance, which come next, a workspace opens nothing."""
+    await scripts.load_all(redis)
+    async with redis.pipeline(transaction=False) as pipe:
+        for row in rows:
+            where = keyspace.workspace_key(row["id"])
+            pipe.evalsha(scripts.SCRIPTS["put_workspace"].digest, 1, where, row["state"])
+        await pipe.execute()
+
+
+async def _restore_all(pool: Any, redis: Redis, workspace_ids: list[str]) -> None:
     by_shard: dict[int, list[str]] = defaultdict(list)
-    for row in await pool.fetch("select id from workspaces order by id"):
-        by_shard[keyspace.shard_of(row["id"])].append(row["id"])
-    for shard, workspace_ids in by_shard.items():
-        for start in range(0, len(workspace_ids), _CHUNK):
-            await _restore(pool, redis, shard, workspace_ids[start : start + _CHUNK])
-    await redis.set(keyspace.EPOCH, ulid())
-    count = sum(map(len, by_shard.values()))
-    _log.info("Redis has been rebuilt: %d workspaces", count)
-    return count
+    for workspace_id in workspace_ids:
+        by_shard[keyspace.shard_of(workspace_id)].append(workspace_id)
+    chunks = iter(
+        [
+            (shard, ids[start : start + _CHUNK])
+            for shard, ids in by_shard.items()
+            for start in range(0, len(ids), _CHUNK)
+        ]
+    )
 
+    async def restore_some() -> None:
+        for shard, chunk in chunks:
+            await _restore(pool, redis, shard, chunk)
 
-async def _publish_keys(pool: Any, redis: Redis) -> None:
-    """Without wallets, which come next, they open nothing."""
-    rows = iter(await pool.fetch("select id from api_keys order by id"))
-    while group := list(itertools.islice(rows, _AT_ONCE)):
-        await asyncio.gather(*(keys.publish(pool, redis, row["id"]) for row in group))
+    at_once = max(1, (pool.get_max_size() - _CONNECTIONS_SPARED) // _CONNECTIONS_EACH)
+    tasks = [asyncio.create_task(restore_some()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _restore(pool: Any, redis: Redis, shard: int, workspace_ids: list[str]) -> None:
@@ -132,9 +170,7 @@ async def _restore(pool: Any, redis: Redis, shard: int, workspace_ids: list[str]
             "select id, state from workspaces where id = any($1) order by id for no key update",
             workspace_ids,
         )
-        for row in rows:
-            key = keyspace.workspace_key(row["id"])
-            await scripts.call(redis, "put_workspace", [key], [row["state"]])
+        await _make_known(redis, rows)
         for _ in range(_ATTEMPTS):
             found = await reckoning.reckon(pool, redis, shard, workspace_ids)
             done = await _add_differences(redis, found)
@@ -147,9 +183,10 @@ async def _restore(pool: Any, redis: Redis, shard: int, workspace_ids: list[str]
 
 async def _add_differences(redis: Redis, found: list[Reckoning]) -> set[str]:
     """Bring wallets and spend to what they should be; the workspaces where that was possible."""
+    digest = await redis.script_load(_RESTORE)
     async with redis.pipeline(transaction=False) as pipe:
         for one in found:
-            pipe.eval(_RESTORE, 1, keyspace.workspace_key(one.workspace_id), _differences(one))
+            pipe.evalsha(digest, 1, keyspace.workspace_key(one.workspace_id), _differences(one))
         replies = await pipe.execute()
     return {one.workspace_id for one, done in zip(found, replies, strict=True) if done}
 

@@ -62,6 +62,7 @@ class Standing:
         self._seen: tuple[str, str | None] | None = None  # the run and epoch there were
         self._mustered = ""
         self._told_late = 0
+        self._undeclared = False  # Redis may not know what is held for requests in flight
         self.fenced = False
         self.orphans_settled = False  # what dead workers left here was looked through once
 
@@ -111,6 +112,7 @@ class Standing:
             await self._pipe.command("EVAL", _FORGET, 1, keyspace.EPOCH, epoch)
         if self._is_another(run, epoch):
             await self._tell_again()
+            self._undeclared = True
         if connection != self._connections:
             return False
         self._run, self._seen = run, (run, epoch)
@@ -120,8 +122,12 @@ class Standing:
         if not services.gate_open:
             await self.beat()
         if muster and muster != self._mustered and self.orphans_settled:
-            await self._muster(muster)
-        return keyspace.is_filled(epoch, run)
+            await self._declare()
+            await self._answer(muster)
+        filled = keyspace.is_filled(epoch, run)
+        if filled and self._undeclared:
+            await self._declare()
+        return filled
 
     async def _run_id(self) -> str:
         return run_id(await self._pipe.command("INFO", "server"))
@@ -150,13 +156,17 @@ class Standing:
             await all_of(calls)
         self._told_late += len(lost)
 
-    async def _muster(self, epoch: str) -> None:
-        """Say anew what is held, and that it has been said."""
+    async def _declare(self) -> None:
+        """Say anew what is held."""
         await self._release_unknown()
         self._services.leases.declare()
         deadline = self._services.now() + _DECLARED_SECONDS
         while self._services.leases.calling and self._services.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_SECONDS)
+        self._undeclared = False
+
+    async def _answer(self, epoch: str) -> None:
+        """To the muster: all has been said."""
         key = keyspace.mustered_key(epoch)
         await self._pipe.command("HSET", key, self._boot, self._told_late)
         await self._pipe.command("EXPIRE", key, 60)
