@@ -38,7 +38,7 @@ PLAIN_FAULTS = ("fault=reset_before_head", "status=500")
 
 async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Meter) -> Observed:
     """Streams that are all open for the whole window, an event per second in each."""
-    streams = min(concurrency, most_streams())
+    streams = min(concurrency, most_streams(len(subject.serving)))
     await warm(subject)
     before = memory_kb(subject)
     at_edge: list[int] = []
@@ -70,11 +70,11 @@ async def open_streams(subject: Subject, plan: Plan, concurrency: int, meter: Me
     return Observed("own", result, figures | {"KB/stream": round(grown * 1.024, 1)})
 
 
-def most_streams() -> int:
-    """How many streams a process may hold that needs two sockets for each."""
+def most_streams(processes: int) -> int:
+    """How many streams so many processes may hold that need two sockets for each."""
     most = (kernel.raise_open_files() - kernel.OWN_FILES) // 2
     print(f"open files allow {most} streams through one process", file=sys.stderr)
-    return most
+    return most * processes
 
 
 async def warm(subject: Subject) -> None:
@@ -104,7 +104,7 @@ async def renew_workers(subject: Subject, plan: Plan) -> None:
     for pid in ended:
         os.kill(pid, number)
     deadline = time.monotonic() + LATE_SECONDS
-    while not (new := kernel.tree_of(roots) - set(roots)) or new & set(old):
+    while len(new := kernel.tree_of(roots) - set(roots)) < len(old) or new & set(old):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{subject.name} does not replace its worker")
         await asyncio.sleep(POLL_SECONDS)

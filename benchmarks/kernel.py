@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+WANTED_FILES = 65_536  # for 10,000 streams through one process, two sockets each
 OWN_FILES = 200  # beside the sockets of the load: logs, libraries, stores, listeners
 
 
@@ -108,8 +109,15 @@ def field_kb(path: str, name: str) -> int:
 
 
 def raise_open_files() -> int:
-    """Let this process and its children open as many files as they may; gives how many."""
+    """Let this process and its children open as many files as they may; gives how many.
+
+    The hard limit is raised too, where that is allowed (CAP_SYS_RESOURCE).
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        wanted = max(most, WANTED_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+        return wanted
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most
 

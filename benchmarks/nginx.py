@@ -16,7 +16,7 @@ from benchmarks import kernel
 from benchmarks.processes import Running, free_port, running, until_answering
 
 NGINX_CONFIG = """\
-worker_processes 1;
+worker_processes {workers};
 worker_rlimit_nofile {files};
 pid {folder}/nginx.pid;
 error_log {folder}/error.log error;
@@ -56,14 +56,16 @@ def nginx_path() -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def start_nginx(upstream: str, core: int | None) -> AsyncIterator[tuple[Running, str]]:
-    """nginx, one worker, as a plain keep-alive proxy to `upstream` (host:port).
+async def start_nginx(
+    upstream: str, core: int | None, workers: int = 1
+) -> AsyncIterator[tuple[Running, str]]:
+    """nginx as a plain keep-alive proxy to `upstream` (host:port).
 
     Gives the process and its base URL ending in /v1.
     """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="benchmark-nginx-") as folder:
-        config = write_nginx_config(Path(folder), upstream, port)
+        config = write_nginx_config(Path(folder), upstream, port, workers)
         command = [nginx_path() or "nginx", "-c", str(config), "-g", "daemon off;"]
         async with running(command, core) as started:
             await until_answering(started, f"http://127.0.0.1:{port}/v1/models", 10.0)
@@ -71,14 +73,19 @@ async def start_nginx(upstream: str, core: int | None) -> AsyncIterator[tuple[Ru
             yield started, f"http://127.0.0.1:{port}/v1"
 
 
-def write_nginx_config(folder: Path, upstream: str, port: int) -> Path:
+def write_nginx_config(folder: Path, upstream: str, port: int, workers: int = 1) -> Path:
     """The configuration file, in a folder that nginx's own user may enter."""
     config = folder / "nginx.conf"
     files = kernel.raise_open_files()
     # With few connections left nginx closes those that have not asked yet: let there be more
     # than it can open files.
     text = NGINX_CONFIG.format(
-        folder=folder, upstream=upstream, port=port, files=files, connections=2 * files
+        folder=folder,
+        upstream=upstream,
+        port=port,
+        files=files,
+        connections=2 * files,
+        workers=workers,
     )
     config.write_text(text)
     folder.chmod(0o755)

@@ -5,7 +5,8 @@ asked of it afterwards: has accounting posted everything, does the audit find dr
 how it is built up to `accounting.up`.
 
 Every limit of the key is on, far above what the load needs: each is really evaluated, none
-refuses. One worker, pinned to the subject's core; everything else is on the other.
+refuses. One worker unless more are asked for, pinned to the subject's core; everything else is
+on the other.
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ SETTINGS = {
     "TOLLGATE_LISTEN": "127.0.0.1:0",
     "TOLLGATE_ADMIN_LISTEN": "127.0.0.1:0",
     "TOLLGATE_PRIVATE_LISTEN": "127.0.0.1:0",
-    "TOLLGATE_WORKERS": "1",
     "TOLLGATE_CONNECTIONS": "50000",
     "TOLLGATE_UPSTREAM_CONNECTIONS": "50000",
     "TOLLGATE_UPSTREAM_WAITING": "50000",
@@ -228,7 +228,9 @@ def found(pattern: str, text: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def start_tollgate(provider_url: str, cores: Cores) -> AsyncIterator[Product]:
+async def start_tollgate(
+    provider_url: str, cores: Cores, workers: int = 1
+) -> AsyncIterator[Product]:
     """Everything `tollgate up` starts, before the stand-in, with a rich key."""
     token = secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory(prefix="benchmark-tollgate-") as folder:
@@ -236,6 +238,7 @@ async def start_tollgate(provider_url: str, cores: Cores) -> AsyncIterator[Produ
         catalogue.write_text(CATALOGUE.format(provider_url=provider_url, model=MODEL))
         data_dir = Path(folder) / "data"
         environment = SETTINGS | {
+            "TOLLGATE_WORKERS": str(workers),
             "TOLLGATE_OPERATOR_TOKEN": token,
             "TOLLGATE_DATA_DIR": str(data_dir),
             "TOLLGATE_CATALOGUE": str(catalogue),

@@ -21,6 +21,7 @@ PROVIDER_PLACE = "{provider}"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options about subjects."""
+    parser.add_argument("--workers", type=int, default=1, help="of nginx and of Tollgate")
     parser.add_argument("--no-direct", action="store_true")
     parser.add_argument("--no-nginx", action="store_true")
     parser.add_argument("--no-tollgate", action="store_true")
@@ -61,12 +62,14 @@ async def subjects_of(
         yield Subject(DIRECT, provider_url)
     if not options.no_nginx and nginx.nginx_path():
         started, url = await stack.enter_async_context(
-            nginx.start_nginx(urlsplit(provider_url).netloc, cores.subject)
+            nginx.start_nginx(urlsplit(provider_url).netloc, cores.subject, options.workers)
         )
         serving = sorted(kernel.tree_of([started.pid]) - {started.pid})
         yield Subject(NGINX, url, groups={NGINX: [started.pid]}, serving=serving)
     if not options.no_tollgate:
-        ours = await stack.enter_async_context(product.start_tollgate(provider_url, cores))
+        ours = await stack.enter_async_context(
+            product.start_tollgate(provider_url, cores, options.workers)
+        )
         yield Subject(
             TOLLGATE, ours.base_url, ours.key, product.MODEL, ours.groups, ours.worker, ours
         )

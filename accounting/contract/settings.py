@@ -117,7 +117,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         int, _between(1024, 64 * MIB, "largest single event of a stream")
     ] = 8 * MIB
     write_buffer_bytes: Annotated[
-        int, _between(4096, 64 * MIB, "unsent bytes per client before upstream pauses")
+        int, _between(4096, 64 * MIB, "unsent bytes per client, or one read; upstream then pauses")
     ] = 262_144
     connections: Annotated[
         int, _between(1, 1_000_000, "open client connections per worker; beyond it 503")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernel, nginx, processes
+from benchmarks import endurance, kernel, nginx, processes
 from benchmarks.processes import ProcessFailure
 from tests.waiting import eventually
 
@@ -108,3 +108,16 @@ async def test_nginx_passes_requests_on():
         async with nginx.start_nginx(upstream, None) as (started, through):
             assert processes.is_answering(f"{through}/models")
             assert len(kernel.tree_of([started.pid])) == 2
+
+
+@pytest.mark.skipif(nginx.nginx_path() is None, reason="nginx is not installed")
+async def test_nginx_has_as_many_workers_as_are_asked_for():
+    async with (
+        processes.start_provider("127.0.0.1:0", None) as (_, url),
+        nginx.start_nginx(url.removeprefix("http://").removesuffix("/v1"), None, 2) as (started, _),
+    ):
+        assert len(kernel.tree_of([started.pid])) == 3
+
+
+def test_two_processes_hold_twice_as_many_streams():
+    assert endurance.most_streams(2) == 2 * endurance.most_streams(1) > 0
