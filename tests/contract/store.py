@@ -199,8 +199,7 @@ class Store:
     def release(self, workspace: str, key: str = "key_1", boot: str = "boot_1") -> list[int]:
         shard = keyspace.shard_of(workspace)
         keys = [keyspace.workspace_key(workspace), keyspace.leases_key(shard, boot)]
-        reply: list[int] = self.run("release", keys, [boot, key, workspace])
-        return reply
+        return list(unpack_figures(self.run("release", keys, [boot, key, workspace])))
 
     def snapshot(self, workspace: str) -> Snapshot:
         shard = keyspace.shard_of(workspace)
