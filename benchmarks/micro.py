@@ -90,6 +90,9 @@ class NoClient:
     def write(self, data: bytes) -> None:
         """Nothing is written."""
 
+    def write_now(self, data: bytes) -> None:
+        """Nothing is written."""
+
     def exchange_done(self, close: bool) -> None:
         """Nobody waits."""
 
