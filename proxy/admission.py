@@ -5,8 +5,6 @@ Pure: translates between asks, the figures of `lease.lua` and the answers client
 
 from functools import lru_cache
 
-from msgspec import Struct
-
 from accounting.contract.errors import (
     AccountSuspended,
     ConcurrencyLimited,
@@ -27,13 +25,21 @@ MINUTE_US = 60_000_000
 _MILLISECONDS = [b"%dms" % count for count in range(1000)]
 
 
-class Hold(Struct, frozen=True):
+class Hold:
     """A lease of one: what is reserved for one request until it is settled."""
 
-    credits_ucr: int
-    tokens: int
-    admitted_at_us: int
-    rate_headers: bytes
+    __slots__ = ("admitted_at_us", "credits_ucr", "rate_headers", "tokens")
+
+    def __init__(
+        self, credits_ucr: int, tokens: int, admitted_at_us: int, rate_headers: bytes
+    ) -> None:
+        self.credits_ucr = credits_ucr
+        self.tokens = tokens
+        self.admitted_at_us = admitted_at_us
+        self.rate_headers = rate_headers
+
+    def __repr__(self) -> str:
+        return f"Hold({self.credits_ucr} µcr, {self.tokens} tokens)"
 
 
 def refusal(verdict: int, detail_1: int, detail_2: int, credits_ucr: int) -> Failure:

@@ -5,7 +5,6 @@ the usage event and the journal's opening.
 """
 
 import msgspec
-from msgspec import Struct
 
 from accounting.contract.catalogue import Model
 from accounting.contract.keyspace import KeyRecord
@@ -23,13 +22,16 @@ NOTHING = TokenUsage()
 _pack = msgspec.msgpack.Encoder().encode
 
 
-class Timing(Struct, gc=False):
+class Timing:
     """When things happened, in seconds of the worker's clock; 0 = did not happen."""
 
-    started_at: float
-    started_us: int
-    upstream_at: float = 0.0
-    first_byte_at: float = 0.0
+    __slots__ = ("first_byte_at", "started_at", "started_us", "upstream_at")
+
+    def __init__(self, started_at: float, started_us: int) -> None:
+        self.started_at = started_at
+        self.started_us = started_us
+        self.upstream_at = 0.0
+        self.first_byte_at = 0.0
 
 
 class Bill:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from accounting.contract.errors import Unavailable
-from proxy.front_door import FrontDoor
+from proxy.front_door import door
 
 if TYPE_CHECKING:
     from proxy.services import Services
@@ -33,7 +33,7 @@ async def drain(services: "Services", listener: socket.socket, server: asyncio.S
     waiting = _accepted(listener)
     server.close()
     for one in waiting:
-        await services.loop.connect_accepted_socket(lambda: FrontDoor(services), one)
+        await services.loop.connect_accepted_socket(lambda: door(services), one)
     await _until(lambda: not _busy(services), services.settings.drain_timeout_seconds)
     for connection in list(services.connections):
         connection.stop(Unavailable("The service is restarting."))

@@ -66,7 +66,7 @@ class Exchange:
         self._slot = 0
         self._tries = 0
         self._ended = False
-        self._patience = Patience(now, now)
+        self._patience = Patience(now)
 
     def __repr__(self) -> str:
         return f"Exchange({self._request_id.decode()}, ended={self._ended})"

@@ -33,8 +33,8 @@ _LEAST_ROOM = 4096
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)  # elsewhere than on Linux only a reset shows
 
 
-class FrontDoor(asyncio.Protocol):
-    """One client connection. `services` are the worker's."""
+class FrontDoor:
+    """One client connection, an asyncio.Protocol by its shape. `services` are the worker's."""
 
     __slots__ = (
         "_closing", "_exchange", "_lingering", "_outgoing", "_paused_at", "_pumping",
@@ -306,3 +306,8 @@ class FrontDoor(asyncio.Protocol):
     def _time_out(self, text: str) -> None:
         self._reader.refuse(RequestTimeout(text))
         self._pump()
+
+
+def door(services: "Services") -> asyncio.Protocol:
+    """A new connection's, as an event loop takes it."""
+    return cast("asyncio.Protocol", FrontDoor(services))

@@ -6,8 +6,6 @@ admit from it, and the arrival times its rate headers are made of.
 
 from collections.abc import Callable
 
-from msgspec import Struct
-
 from accounting.contract import keyspace
 from accounting.contract.errors import Failure
 from accounting.contract.keyspace import KeyRecord
@@ -21,15 +19,25 @@ class Stale(Exception):
 OnAdmission = Callable[[Hold | Failure | Stale], None]
 
 
-class Ask(Struct, frozen=True):
+class Ask:
     """One request's wish: the most it can cost and use, and whom to tell."""
 
-    credits_ucr: int
-    tokens: int
-    model_allowed: int
-    version: int
-    on_admission: OnAdmission
-    tries: int = 0
+    __slots__ = ("credits_ucr", "model_allowed", "on_admission", "tokens", "tries", "version")
+
+    def __init__(
+        self,
+        credits_ucr: int,
+        tokens: int,
+        model_allowed: int,
+        version: int,
+        on_admission: OnAdmission,
+    ) -> None:
+        self.credits_ucr = credits_ucr
+        self.tokens = tokens
+        self.model_allowed = model_allowed
+        self.version = version
+        self.on_admission = on_admission
+        self.tries = 0
 
 
 class KeyLease:

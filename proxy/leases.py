@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from accounting.contract import keyspace
 from accounting.contract.errors import Failure, InvalidKey, Unavailable
 from accounting.contract.figures import pack_figures, unpack_figures
@@ -216,9 +214,10 @@ class Leases:
             pack(("PUBLISH", keyspace.RECALL_CHANNEL, lease.workspace_id)), _ignore_reply
         )
         lease.recalled_until = self._clock() + _RECALLED_SECONDS
-        retries = [msgspec.structs.replace(ask, tries=ask.tries + 1) for ask in asks]
-        pause = _RECALL_PAUSES[max(ask.tries for ask in asks)]
-        self._loop.call_later(pause, self._ask_again, lease, retries)
+        pause = _RECALL_PAUSES[max([ask.tries for ask in asks])]
+        for ask in asks:
+            ask.tries += 1
+        self._loop.call_later(pause, self._ask_again, lease, asks)
 
     def _ask_again(self, lease: KeyLease, asks: list[Ask]) -> None:
         lease.waiting[:0] = asks

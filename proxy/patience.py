@@ -4,19 +4,18 @@ Owns the clock of one exchange. Looked at about twice a second by the worker's s
 chunk costs no more than setting a flag.
 """
 
-from msgspec import Struct
-
 from accounting.contract.catalogue import Provider
 from accounting.contract.settings import Settings
 
 
-class Patience(Struct, gc=False):
+class Patience:
     """`heard`: set at every sign of life; `paused`: the client reads slowly, not our wait."""
 
-    started_at: float
-    quiet_since: float
-    heard: bool = False
-    paused: bool = False
+    __slots__ = ("heard", "paused", "quiet_since", "started_at")
+
+    def __init__(self, started_at: float) -> None:
+        self.started_at = self.quiet_since = started_at
+        self.heard = self.paused = False
 
     def exhausted(self, now: float, settings: Settings, provider: Provider) -> bool:
         """Whether the exchange has lasted longer than it may in total."""

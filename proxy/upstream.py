@@ -243,7 +243,10 @@ class ProviderPool:
                 try:
                     async with asyncio.timeout(share):
                         await loop.create_connection(
-                            lambda: connection, address, provider.port, **tls
+                            lambda: cast("asyncio.Protocol", connection),
+                            address,
+                            provider.port,
+                            **tls,
                         )
                     connection.address = address
                     return

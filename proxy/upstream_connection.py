@@ -39,8 +39,9 @@ class NotUnderstood(Exception):
     """Well-formed HTTP, but nothing that was asked for."""
 
 
-class UpstreamConnection(asyncio.Protocol):
-    """One HTTP/1.1 client connection to `address`, serving one user at a time."""
+class UpstreamConnection:
+    """One HTTP/1.1 client connection to `address`, serving one user at a time; an
+    asyncio.Protocol by its shape."""
 
     __slots__ = (
         "_complete", "_headers", "_keep", "_mute", "_parser", "_paused", "_pieces", "_pool",

@@ -24,7 +24,7 @@ from proxy import recalls
 from proxy.aiohttp_lane import AiohttpLane
 from proxy.cooldown import CooldownRules
 from proxy.drain import drain
-from proxy.front_door import FrontDoor
+from proxy.front_door import door
 from proxy.journal import Journal, OrphanJournal, find_orphans
 from proxy.journal_sync import JournalSync
 from proxy.keys import Keys
@@ -141,9 +141,7 @@ class Worker:
         self._sync.start()
         await self._standing.look()
         services = self.services
-        server = await self._loop.create_server(
-            lambda: FrontDoor(services), sock=listener, backlog=4096
-        )
+        server = await self._loop.create_server(lambda: door(services), sock=listener, backlog=4096)
         self._tasks = [
             self._loop.create_task(self._sweep()),
             self._loop.create_task(self._standing.watch()),
