@@ -1,14 +1,15 @@
 """Looks at every connection now and then, a few at a time.
 
 A look takes about 1 µs. 10,000 of them in one go held up for 10 ms, twice a second, whatever
-had come in: one chunk in fifty. In slices of 64 nobody waits for more than a tenth of that.
+had come in: one chunk in fifty. `open-streams`, age of a chunk, p99: 8.6 ms in one go, 0.95 in
+slices of 256 at the same CPU, 0.80 in slices of 64 for a tenth more (nginx 0.5).
 """
 
 import asyncio
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-SLICE = 64
+SLICE = 256
 
 
 class Timed(Protocol):
