@@ -154,8 +154,13 @@ class Boot:
         return await self._settle(tenant, row, events)
 
     async def tell_again(self, tenant: Tenant, event: UsageEvent) -> UsageEvent:
-        """Settle an exchange anew, whose hold is given back already."""
-        row = [1, tenant.key_id, event.taken_ucr, event.taken_ucr, 0, 0, 0]
+        """Settle an exchange anew: what it takes is held first, like any charge."""
+        taken, count = event.taken_ucr, int(event.taken_ucr > 0)
+        if taken:
+            assert await self.admit(tenant, taken)
+            mine = self._open[tenant.key_id]
+            mine[0], mine[1], mine[2] = mine[0] - taken, mine[1] - 100, mine[2] - 1
+        row = [1, tenant.key_id, taken, taken, 100 * count, 0, count]
         await self._settle(tenant, row, (event,))
         return event
 
