@@ -15,5 +15,6 @@ tells which lane they take. Most paths go to `aiohttp_lane`; chat completions go
 
 `worker` builds and stops all this, `drain` sees its connections to their end; `supervisor` has
 a `seat` per core and rolls their workers, processes of its `fleet`; `replay` settles what a
-killed worker left in its journal.
+killed worker left in its journal; `standing` looks after gate and heartbeat, and tells a Redis
+that lost something (`tail`).
 """

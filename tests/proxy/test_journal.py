@@ -297,3 +297,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     with pytest.raises(OSError, match="no room for 1 MiB of journal: No space left on device"):
         Journal(path, 512)
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_disk_that_is_really_full_is_an_error_at_the_start(path: Path) -> None:
+    """And no signal later on: the limit on a file's size stands for the end of the disk."""
+    script = (
+        "import resource, sys; from pathlib import Path; from proxy.journal import Journal\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try: Journal(Path(sys.argv[1]), 32768)\n"
+        "except OSError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no room for 64 MiB of journal" in done.stdout
+    assert list(path.parent.iterdir()) == []

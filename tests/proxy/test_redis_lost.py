@@ -249,6 +249,7 @@ async def test_emptied_it_is_filled_and_told_the_rest(city: City, how: str) -> N
     held = await city.held()
     await city.stop_accounting()
     await city.serve(4)  # on the stream alone, and in the workers' tails
+    assert await city.held() == held  # all of it settled
     if how == "flushed":
         await city.redis.flushall()
     else:
