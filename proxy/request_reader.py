@@ -174,7 +174,7 @@ class RequestReader:
                 raise BodyTooLarge
             if not self._missing:
                 self._finish(request, b"")
-        if expectation is not None:
+        if expectation is not None and not head.http_1_0:  # RFC 9110 §10.1.1
             self.owes_continue = not whole and self._reading is not None
 
     def _read_body(self, request: Request, data: bytes) -> bytes:

@@ -9,11 +9,13 @@ from accounting.contract.errors import BodyTooLarge, Failure, HeadTooLarge, Malf
 from accounting.contract.settings import Settings
 from proxy.request_reader import FAST_PATHS, RequestReader
 from tests.fuzz.effort import search
-from tests.fuzz.http_grammar import CUTS, RAW, cut, mutated, requests
+from tests.fuzz.http_grammar import CUTS, RAW, cut, mutated, repeats, requests
 from tests.fuzz.reference_http import read
 
 SETTINGS = Settings(head_limit_bytes=1024, body_limit_bytes=1024, pipeline_depth=2)
-BYTES = st.one_of(mutated(), RAW, st.lists(requests(), max_size=4).map(b"".join))
+BYTES = st.one_of(
+    mutated(), RAW, st.lists(requests(), max_size=4).map(b"".join), repeats().map(b"".join)
+)
 
 LENGTH = b"content-length"
 
@@ -120,7 +122,7 @@ def test_any_bytes_cut_anywhere_are_read_as_one(
 
 
 @search(120)
-@given(st.lists(requests(), min_size=1, max_size=4), CUTS)
+@given(st.lists(requests(), min_size=1, max_size=4) | repeats(), CUTS)
 def test_whatever_the_rfc_allows_is_taken(sent: list[bytes], places: list[int]) -> None:
     data = b"".join(sent)
     reading = read(data)

@@ -282,6 +282,22 @@ async def test_an_answer_in_a_coding_nobody_asked_for(proxy: Scene) -> None:
         assert (await client.answer()).refused == (502, "provider_bad_response")
 
 
+@EITHER
+async def test_a_provider_that_would_switch_protocols_has_not_answered(
+    proxy: Scene, stream: bool
+) -> None:
+    """101 is an upgrade that nobody asked for; what follows it is not HTTP."""
+    key = proxy.seeds.key()
+    client = await asks(proxy, key, "raw", stream=stream)
+    upstream = await called(proxy)
+    upstream >> b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    upstream >> plain("not for anyone", usage(1, 1))
+    assert (await client.answer()).refused == (502, "provider_bad_response")
+    assert await upstream.left()
+    (event,) = await proxy.events(key)
+    assert (event.settlement, event.charge_ucr) == ("void", 0)
+
+
 # Cool-downs
 
 

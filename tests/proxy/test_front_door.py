@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -177,6 +178,44 @@ async def test_the_absolute_form_names_the_same_resource(proxy: Scene) -> None:
             assert (await proxy.ask(key, chat(), path=path)).refused == (404, "not_found")
 
 
+NOT_THERE = [
+    "//v1/chat/completions",
+    "/v1//chat/completions",
+    "/v1/chat/../chat/completions",
+    "/./v1/chat/completions",
+    "/v1/chat/%63ompletions",
+    "/v1/chat/completions%00",
+    "/V1/chat/completions",
+    "/v1/chat/completions;a=b",
+    "/v1/chat/completions/",
+    "http://tollgate.test?/v1/chat/completions",
+    "http://tollgate.test//v1/chat/completions",
+    "ftp://tollgate.test/",
+]
+NO_TARGETS = ["*", "tollgate.test:80", "v1/chat/completions", "?/v1/chat/completions", "", "\xe4"]
+NO_TARGETS += [CHAT + odd for odd in ("#", "#a", "\t", "\x7f", "\\\0")]
+
+
+@pytest.mark.parametrize("target", NOT_THERE + NO_TARGETS)
+async def test_an_odd_target_leads_nowhere(proxy: Scene, target: str) -> None:
+    key = proxy.seeds.key()
+    authorization = f"Authorization: Bearer {key.secret}"
+    async with proxy.no_trace():
+        client = await proxy.client()
+        client >> head(f"POST {target} HTTP/1.1", HOST, LENGTH, authorization) + BODY
+        answer = await client.answer()
+        there = (404, "not_found") if target in NOT_THERE else (400, "malformed_http")
+        assert answer.refused == there and await client.left()
+    assert not proxy.main.requests
+
+
+async def test_an_upgrade_that_is_offered_is_not_taken(proxy: Scene) -> None:
+    """RFC 9110 §7.8: without a word in `Connection` it is no more than a header."""
+    key = proxy.seeds.key()
+    answer = await proxy.ask(key, chat(), Upgrade="h2c", HTTP2_Settings="AAMAAABkAAQAAP__")
+    assert answer.status == 200 and "upgrade" not in answer.headers
+
+
 # HTTP as it may be
 
 
@@ -262,6 +301,21 @@ async def test_expect_100_continue_of_a_body_too_large_is_413_at_once(start: Sta
     client = await scene.client()
     client >> head(POST, HOST, "Content-Length: 5000", "Expect: 100-continue")
     assert (await client.answer()).refused == (413, "request_too_large")
+
+
+async def test_http_1_0_gets_no_interim_answer(proxy: Scene) -> None:
+    """RFC 9110 §10.1.1: the expectation of an HTTP/1.0 client is ignored."""
+    key, client = proxy.seeds.key(), await proxy.client()
+    whole = request(key.secret, chat(), version="1.0", Expect="100-continue")
+    cut = whole.index(b"\r\n\r\n") + 4
+    client >> whole[:cut]
+    await eventually(lambda: any(one._reader.within == "body" for one in connections(proxy)))
+    client >> whole[cut:]
+    assert (await client.answer()).status == 200
+
+
+def connections(scene: Scene) -> list[Any]:
+    return list(scene.services.connections)
 
 
 async def test_chunked_bodies_are_put_together(proxy: Scene) -> None:
@@ -375,10 +429,11 @@ async def test_a_body_that_never_ends_is_408(start: Start) -> None:
         assert await client.left()
 
 
-async def test_a_body_that_drips_is_408(start: Start) -> None:
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", CHUNKED])
+async def test_a_body_that_drips_is_408(start: Start, framing: str) -> None:
     scene = await start(body_timeout_seconds=0.2)
     client = await scene.client()
-    client >> head(POST, HOST, "Content-Length: 1000")
+    client >> head(POST, HOST, framing) + (b"200\r\n" if framing == CHUNKED else b"")
     answered = asyncio.ensure_future(client.more())
     for _ in range(300):
         client >> b"x"
