@@ -66,7 +66,7 @@ async def _post(
     if charge_ucr >= row.charge_ucr:
         raise Conflict("The request costs no more than that already.")
     difference = charge_ucr - row.charge_ucr
-    restored = await revisions.apply(connection, row, Revision(difference, ref, None, reason))
+    restored = await revisions.apply(connection, row, Revision(difference, ref, reason))
     return -difference, restored, charge_ucr
 
 

@@ -50,12 +50,13 @@ _ROW = (
 
 
 class Revision(NamedTuple):
-    """A change of a row's charge. `stream_revision` None: an operator's."""
+    """A change of a row's charge; of the stream, its number and what it tells, else None."""
 
     difference_ucr: int
     source_ref: str
-    stream_revision: int | None = None
     reason: str = ""
+    stream_revision: int | None = None
+    told_ucr: int | None = None
     late: bool = False  # Redis has not taken what it costs more
 
 
@@ -69,7 +70,7 @@ class Row(Struct):
     charge_ucr: int
     revision: int
     started_at_us: int
-    told_ucr: int  # the charge as workers told it, whatever operators gave back
+    told_ucr: int  # the charge as its worker told it last, whatever operators gave back
     burned: Burns
 
 
@@ -88,14 +89,15 @@ async def row_of(connection: Any, day: Any, request_id: str) -> Row | None:
     if found is None:
         return None
     revisions = await connection.fetch(
-        "select difference_ucr, revision, burns from usage_revisions"
+        "select told_ucr, burns from usage_revisions"
         " where day = $1 and request_id = $2 order by id",
         day,
         request_id,
     )
     burns = [msgspec.json.decode(found["burns"] or "[]", type=Burns)]
     burns += [msgspec.json.decode(one["burns"], type=Burns) for one in revisions]
-    given_back = sum(one["difference_ucr"] for one in revisions if one["revision"] is None)
+    told = [found["charge_ucr"] - found["revised_ucr"]]
+    told += [one["told_ucr"] for one in revisions if one["told_ucr"] is not None]
     return Row(
         day=found["day"],
         request_id=request_id,
@@ -104,7 +106,7 @@ async def row_of(connection: Any, day: Any, request_id: str) -> Row | None:
         charge_ucr=found["charge_ucr"],
         revision=found["revision"],
         started_at_us=found["started_at_us"],
-        told_ucr=found["charge_ucr"] - given_back,
+        told_ucr=told[-1],
         burned=postings.net(one for part in burns for one in part),
     )
 
@@ -124,7 +126,7 @@ async def revise_from_stream(connection: Any, billed: Billed) -> bool:
         return False
     difference = max(event.charge_ucr - row.told_ucr, -row.charge_ucr)
     ref = f"stream:{event.request_id}:{event.revision}"
-    revision = Revision(difference, ref, event.revision, late=billed.late)
+    revision = Revision(difference, ref, "", event.revision, event.charge_ucr, billed.late)
     await apply(connection, row, revision)
     await rollups.retell(connection, billed)
     return True
@@ -252,7 +254,8 @@ async def _write(
 ) -> None:
     await connection.execute(
         "insert into usage_revisions (day, request_id, workspace_id, revision, difference_ucr,"
-        " burns, journal_id, source_ref, reason) values ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+        " burns, journal_id, source_ref, reason, told_ucr)"
+        " values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
         row.day,
         row.request_id,
         row.workspace_id,
@@ -262,5 +265,6 @@ async def _write(
         journal_id,
         revision.source_ref,
         revision.reason,
+        revision.told_ucr,
     )
     await rollups.recharge(connection, row.day, row.request_id, revision.difference_ucr)

@@ -277,7 +277,11 @@ class World:
 
 
 def alike(what: str, found: Any, expected: Any) -> None:
-    """What the stores say, and what the model does."""
+    """What the stores say, and what the model does; of many figures, those that differ."""
+    if isinstance(found, dict):
+        names = {one for one in {*found, *expected} if found.get(one) != expected.get(one)}
+        found = {one: found.get(one) for one in names}
+        expected = {one: expected.get(one) for one in names}
     assert found == expected, f"{what}: {found}, expected {expected}"
 
 

@@ -224,10 +224,14 @@ async def test_the_stream_revises_what_an_operator_has_reversed(
         await assert_clean(pool, redis_client)
         await post_stream(tenant)
         assert await charge_of(pool, event) == 15
-        await boot.tell_again(tenant, again(event, 0))
+        event = await boot.tell_again(tenant, again(event, 0))
         await post_stream(tenant)
         assert await charge_of(pool, event) == 0
         assert (await tenant.wallet()).balance == 100
+        await assert_clean(pool, redis_client)
+        await boot.tell_again(tenant, again(event, 40))
+        await post_stream(tenant)
+        assert await charge_of(pool, event) == 40
         await assert_clean(pool, redis_client)
 
 
