@@ -9,7 +9,7 @@ MINUTES ?= 5
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check chaos lint bench clean
+.PHONY: help setup run compiled test check chaos lint bench clean
 
 help: ## What can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -19,8 +19,15 @@ setup: $(READY) ## Create .venv and install everything into it
 run: $(READY) ## Start the whole product here, with a sandbox provider and a demo key
 	@exec $(BIN)/tollgate up --sandbox
 
-test: lint ## The whole test suite, against real Redis and Postgres
+compiled: $(READY) ## Compile the hot path, if there is a C compiler: a minute, once per change
+	@$(BIN)/python -m proxy.compiled
+
+test: lint ## The whole test suite, against real Redis and Postgres; the proxy's also compiled
 	@$(BIN)/python -m pytest
+	@found=$$($(BIN)/python -m proxy.compiled); case $$? in \
+	  0) COMPILED_PROXY=$$found $(BIN)/python -m pytest tests/proxy tests/fuzz;; \
+	  3) ;; \
+	  *) exit 1;; esac
 
 check: lint ## Style, types and the quick tests: seconds
 	@$(BIN)/python -m pytest --ignore=tests/journeys -m "not processes and not stores"

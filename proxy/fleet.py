@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 from accounting.contract.settings import Settings
+from proxy import compiled
 from proxy.metrics import HostMetrics
 from proxy.worker import say
 
@@ -56,6 +57,7 @@ class Fleet:
         self._rows = list(range(rows - 1, -1, -1))
         self._end_seconds = settings.drain_timeout_seconds + _KILL_AFTER_SECONDS
         self._start_seconds = settings.start_timeout_seconds
+        self._run_compiled = settings.compiled
         self._living: set[WorkerProcess] = set()
         self.stopping = asyncio.Event()
         self.catalogue = ""
@@ -68,12 +70,13 @@ class Fleet:
         row = self._rows.pop()
         self._metrics.clear_gauges(row)
         descriptor = listener.fileno()
+        more = {**compiled.environment(self._run_compiled), "TOLLGATE_CATALOGUE": catalogue}
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "proxy.worker", str(row), str(descriptor), str(self._metrics_path)),
                 pass_fds=[descriptor],
-                env={**os.environ, "TOLLGATE_CATALOGUE": catalogue},
+                env={**os.environ, **more},
             )
         except OSError:
             self._rows.append(row)

@@ -63,6 +63,7 @@ METRICS = (
     Declared("tollgate_journal_sync_failures", "Journals that did not reach the disk.", "counter"),
     Declared("tollgate_replayed_settles", "Settles found in dead workers' journals.", "counter"),
     Declared("tollgate_workers_ready", "Workers that serve.", "gauge"),
+    Declared("tollgate_workers_compiled", "Workers that run compiled.", "gauge"),
     Declared("tollgate_redis_up", "Workers connected to Redis.", "gauge"),
     Declared("tollgate_gate_open", "Workers that may admit: Redis has its epoch.", "gauge"),
     Declared("tollgate_connections", "Client connections open.", "gauge"),

@@ -37,6 +37,7 @@ class Reader(Protocol):
 class Relay:
     """See the module. `status` is 0 until the answer's head has come."""
 
+    __deletable__ = ("_reader",)  # of the compiled form; see `let_go`
     __slots__ = (
         "_connection", "_head", "_limit", "_patience", "_pieces", "_reader", "_received",
         "_retried", "_retry_after", "_settings", "_stop", "scanner", "status", "waiting",

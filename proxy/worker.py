@@ -20,7 +20,7 @@ import uvloop
 from accounting.contract import catalogue
 from accounting.contract.identifiers import new_id
 from accounting.contract.settings import Settings, load
-from proxy import recalls
+from proxy import compiled, recalls
 from proxy.aiohttp_lane import AiohttpLane
 from proxy.cooldown import CooldownRules
 from proxy.drain import drain
@@ -160,6 +160,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
+        self._counters.set("tollgate_workers_compiled", int(compiled.is_running()))
         self._counters.set("tollgate_workers_ready", 1)
         await self._stopping.wait()
         await self._stop(listener, server)

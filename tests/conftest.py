@@ -6,6 +6,8 @@ A test that takes `redis_client` starts on an empty Redis; one that takes
 
 import asyncio
 import itertools
+import os
+import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -15,6 +17,9 @@ import pytest
 from redis.asyncio import Redis
 
 from accounting.embedded import Server, start_postgres, start_redis
+
+if compiled := os.environ.get("COMPILED_PROXY"):  # the folder `proxy.compiled` prints
+    sys.path.insert(0, compiled)
 
 _TEMPLATE = "migrated"
 _numbers = itertools.count(1)

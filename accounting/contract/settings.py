@@ -102,6 +102,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     data_dir: Annotated[
         str, _text("where embedded servers, journals and the operator token live")
     ] = ".tollgate"
+    compiled: Annotated[bool, _text("run workers compiled, where `make compiled` was made")] = True
     sandbox: Annotated[bool, _text("offer the catalogue's sandbox provider and its models")] = False
 
     head_limit_bytes: Annotated[int, _between(1024, MIB, "largest request head; beyond it 431")] = (
