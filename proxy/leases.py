@@ -288,6 +288,8 @@ class Leases:
         """At the end of a worker: nothing is in flight any more."""
         for lease in list(self._leases.values()):
             lease.give_up_unused()
+            if lease.used and not lease.calling:
+                self._call(lease, giving_back=True)  # ahead of the release, on the same pipe
             if not lease.slots:
                 self._release(lease)
 

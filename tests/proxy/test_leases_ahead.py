@@ -261,6 +261,19 @@ async def test_what_was_used_is_told_before_long(store: Store, desk: Desk) -> No
     assert desk.lease.free_requests
 
 
+async def test_what_was_used_is_told_at_the_end_of_a_worker(store: Store, desk: Desk) -> None:
+    """Or a worker that is replaced would give its last requests per minute away twice."""
+    store.fund(WS, 100_000, requests_per_minute=60)
+    await desk.warm()
+    assert desk.ask()
+    count = desk.holds
+    desk.settle_all(store)
+    await eventually(lambda: not store.snapshot(WS).leases)
+    counters = store.counters(WS)
+    assert counters.requests_tat - counters.busy_since == count * MINUTE // 60
+    assert counters.held_requests == 0
+
+
 async def test_a_stale_refill_gives_back(store: Store, desk: Desk) -> None:
     store.fund(WS, 100_000)
     await desk.warm()
