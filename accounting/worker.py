@@ -19,9 +19,11 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from accounting import deltas, expiry, partitions, reaper, rebuild, withdrawals
+from accounting.auditor import Auditor
 from accounting.consumer import Consumer
 from accounting.contract.settings import Settings
 from accounting.counters import Counters
+from accounting.metrics import MetricsServer
 from accounting.reckoning import RestlessError
 from accounting.store_states import POSTGRES, REDIS, StoreStates
 from accounting.stores import OUTAGES, open_postgres, open_redis
@@ -65,20 +67,29 @@ class Worker:
             for _ in range(_CONSUMERS)
         ]
         chores = Chores(self._settings, pool, redis, self.counters, self._states)
+        auditor = Auditor(
+            pool, redis, self._settings.audit_seconds, self._settings.total_timeout_seconds
+        )
+        metrics = MetricsServer(self.counters, auditor.audits, self._settings.accounting_listen)
+        beside = [asyncio.create_task(one.run()) for one in (auditor, metrics)]
         tasks = [asyncio.create_task(chores.run())]
         tasks += [asyncio.create_task(consumer.run()) for consumer in consumers]
         stop = asyncio.create_task(stopping.wait())
         _log.info("accounting runs")
         try:
-            await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            running = {stop, *tasks, *beside}
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         finally:
             chores.stop()  # nothing new is begun beside the stream
             for consumer in consumers:
                 consumer.stop()  # the batch in hand is committed and acknowledged
             stop.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            results += await asyncio.gather(*beside, return_exceptions=True)
         for result in results:
-            if isinstance(result, BaseException):
+            if isinstance(result, Exception):
                 raise result
         _log.info("accounting has stopped")
 

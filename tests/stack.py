@@ -54,6 +54,7 @@ class Stack:
             "TOLLGATE_LISTEN": "127.0.0.1:0",
             "TOLLGATE_ADMIN_LISTEN": "127.0.0.1:0",
             "TOLLGATE_PRIVATE_LISTEN": "127.0.0.1:0",
+            "TOLLGATE_ACCOUNTING_LISTEN": "127.0.0.1:0",
             "TOLLGATE_WORKERS": "2",
             "TOLLGATE_CATALOGUE": str(catalogue),
         }

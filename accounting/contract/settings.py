@@ -213,6 +213,12 @@ class Settings(Struct, frozen=True, kw_only=True):
         float, _between(5, 7 * DAY, "a worker is silent; then its host is taken to be lost")
     ] = 900.0
 
+    accounting_listen: Annotated[
+        Address, _text("accounting's own /healthz and /metrics; tried again while it is taken")
+    ] = Address("127.0.0.1", 8083)
+    audit_seconds: Annotated[
+        float, _between(0, 7 * DAY, "accounting audits everything this often; 0 = never")
+    ] = 300.0
     accounting_batch: Annotated[
         int, _between(1, 10_000, "stream entries posted in one transaction")
     ] = 500

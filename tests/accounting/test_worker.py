@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from accounting import audit, partitions
 from accounting.contract import scripts
 from accounting.contract.keyspace import CLOCK, EPOCH, FENCED, HEARD, workspace_key
-from accounting.contract.settings import Secret, Settings
+from accounting.contract.settings import Address, Secret, Settings
 from accounting.worker import Worker
 from tests.accounting.scene import PLENTY, Boot, Tenant, pool_on
 from tests.accounting.wire import Wire
@@ -30,7 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @asynccontextmanager
 async def working(database_url: str, redis_url: str) -> AsyncIterator[Worker]:
-    worker = Worker(Settings(database_url=Secret(database_url), redis_url=Secret(redis_url)))
+    worker = Worker(
+        Settings(
+            database_url=Secret(database_url),
+            redis_url=Secret(redis_url),
+            accounting_listen=Address("127.0.0.1", 0),
+        )
+    )
     stopping = asyncio.Event()
     task = asyncio.create_task(worker.run(stopping))
     try:
@@ -44,7 +50,11 @@ async def start(*words: str, **variables: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "accounting", *words,
         cwd=ROOT,
-        env={"PATH": os.environ["PATH"], **variables},
+        env={
+            "PATH": os.environ["PATH"],
+            "TOLLGATE_ACCOUNTING_LISTEN": "127.0.0.1:0",
+            **variables,
+        },
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
