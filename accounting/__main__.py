@@ -1,4 +1,4 @@
-"""`python -m accounting run | migrate | audit [--json] | rebuild`.
+"""`python -m accounting run | migrate | audit [--json] [--client-log FILE] | rebuild`.
 
 Exit status: 0 done (or stopped when asked to), 1 a store cannot be reached or an audit found
 drift, 2 settings or arguments are wrong. What goes wrong is one line on stderr.
@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -18,6 +20,7 @@ import uvloop
 from redis.exceptions import RedisError
 
 from accounting import audit, log_lines, rebuild
+from accounting.audit_clients import ClientLogError
 from accounting.contract.settings import Settings, SettingsError, load
 from accounting.migrate import MigrationError, migrate
 from accounting.rebuild import RebuildError
@@ -30,6 +33,7 @@ _EXPECTED = (
     MigrationError,
     RestlessError,
     RebuildError,
+    ClientLogError,
     *OUTAGES,
     asyncpg.PostgresError,
     RedisError,
@@ -44,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("migrate", help="bring the database's schema up to date")
     audits = verbs.add_parser("audit", help="prove every invariant on the live system")
     audits.add_argument("--json", action="store_true", help="one JSON object")
+    audits.add_argument(
+        "--client-log", type=Path, metavar="FILE", help="compare what clients were told, too"
+    )
     verbs.add_parser("rebuild", help="fill Redis from Postgres and the stream")
     options = parser.parse_args(argv)
     verb: Callable[[Settings], Coroutine[Any, Any, int]] = {
         "run": _run,
         "migrate": _migrate,
-        "audit": _audit_as_json if options.verb == "audit" and options.json else _audit,
+        "audit": partial(_audit, options=options),
         "rebuild": _rebuild,
     }[options.verb]
     try:
@@ -87,18 +94,14 @@ async def _migrate(settings: Settings) -> int:
     return 0
 
 
-async def _audit(settings: Settings) -> int:
-    return await _findings(settings, as_json=False)
-
-
-async def _audit_as_json(settings: Settings) -> int:
-    return await _findings(settings, as_json=True)
-
-
-async def _findings(settings: Settings, as_json: bool) -> int:
+async def _audit(settings: Settings, options: argparse.Namespace) -> int:
     async with await open_postgres(settings) as pool, await open_redis(settings) as redis:
-        findings = await audit.audit(pool, redis, settings.total_timeout_seconds)
-    say(audit.as_json(findings) if as_json else audit.as_text(findings))
+        longest = settings.total_timeout_seconds
+        findings = await audit.audit(pool, redis, longest, options.client_log)
+        aside = await audit.not_applicable(pool)
+    say(audit.as_json(findings) if options.json else audit.as_text(findings))
+    if aside and not options.json:
+        say(aside)
     return 1 if any(finding.drifted for finding in findings) else 0
 
 

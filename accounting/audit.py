@@ -5,21 +5,24 @@
     R1      every balance in Redis is what the ledger says          (reckoning.py)
     R2      what is held is the sum of leases, and of what keys have open
     R3      every entry of the streams is posted, or still to be read
+    R5      clients were told what is charged, if their log is given (audit_clients.py)
     R6      what keys have spent is the sum of their usage
 
-All of it is exact on a live, loaded system, and reads only.
+All of it is exact on a live, loaded system, and reads only. A8, A9 and R4 are of payments and
+the company that takes them; while there is no table of payments, the output says so.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from accounting import audit_ledger, reckoning, usage_entries, usage_records
+from accounting import audit_clients, audit_ledger, reckoning, usage_entries, usage_records
 from accounting.audit_ledger import Finding
 from accounting.contract import keyspace
 from accounting.contract.keyspace import KeyCounters
@@ -35,8 +38,13 @@ _PAGE = 1000
 Drift = str | None  # who drifted and by how much; None: all is well
 
 
-async def audit(pool: Any, redis: Redis, longest_exchange_seconds: float) -> list[Finding]:
-    """Every finding. Raises reckoning.RestlessError, and the drivers' errors."""
+async def audit(
+    pool: Any, redis: Redis, longest_exchange_seconds: float, client_log: Path | None = None
+) -> list[Finding]:
+    """Every finding; R5 with a client's log.
+
+    Raises audit_clients.ClientLogError, reckoning.RestlessError, and the drivers' errors.
+    """
     findings = await audit_ledger.check(pool, longest_exchange_seconds)
     filled = await redis.exists(keyspace.EPOCH)
     gate = [None if filled else "Redis waits to be rebuilt"]
@@ -48,7 +56,15 @@ async def audit(pool: Any, redis: Redis, longest_exchange_seconds: float) -> lis
         _finding("R3", "no entry of a stream is forgotten", await _stream_drifts(pool, redis)),
         _finding("R6", "what keys have spent is their usage", spent_drifts(reckonings)),
     ]
+    if client_log is not None:
+        findings.append(await audit_clients.check(pool, redis, client_log))
     return findings
+
+
+async def not_applicable(pool: Any) -> str:
+    """A line on what was not checked, for want of what it is about; empty: nothing."""
+    paid = await pool.fetchval("select to_regclass('payments') is not null")
+    return "" if paid else "--    A8, A9, R4: no payments here, so nothing to compare them with"
 
 
 def _finding(name: str, title: str, drifts: Iterable[Drift]) -> Finding:

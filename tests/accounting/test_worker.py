@@ -222,7 +222,8 @@ async def test_audit_and_rebuild(database_url: str, redis_url: str, redis_client
         assert (status, out) == (0, "rebuilt 1 workspaces\n")
         status, out, err = await outcome("audit", **urls)
         assert (status, err) == (0, "")
-        assert all(line.startswith("ok ") for line in out.splitlines())
+        assert all(line.startswith("ok ") for line in out.splitlines()[:-1])
+        assert "no payments" in out.splitlines()[-1]
         await redis_client.hset(workspace_key(tenant.id), "w", msgspec.msgpack.encode([1, 0, 1, 1]))
         status, out, _ = await outcome("audit", "--json", **urls)
         findings: dict[str, Any] = msgspec.json.decode(out)
