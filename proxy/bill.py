@@ -8,7 +8,7 @@ import msgspec
 
 from accounting.contract.catalogue import Model
 from accounting.contract.keyspace import KeyRecord
-from accounting.contract.pricing import cost_ucr, worst_case_ucr
+from accounting.contract.pricing import Price, cost_ucr, worst_case_ucr
 from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
 from proxy.admission import Hold
 from proxy.provider_usage import estimate_input
@@ -61,7 +61,7 @@ class Bill:
         self.input_bound = input_bound(body, head, model.context_tokens)
         self.output_bound = output_bound(head, model.max_output_tokens)
         self._estimate = min(estimate_input(len(body)), self.input_bound)
-        audio = head.wants_audio or has_audio(body)
+        audio = _prices_sound(model.price) and (head.wants_audio or has_audio(body))
         self.credits_ucr = worst_case_ucr(model.price, self.input_bound, self.output_bound, audio)
 
     @property
@@ -167,3 +167,11 @@ class Bill:
         )
         bounds = (self.input_bound, self.output_bound, self._estimate)
         return _pack((event, first.packed_price, hold.tokens, *bounds, hold.admitted_at_us))
+
+
+def _prices_sound(price: Price) -> bool:
+    """Whether sound costs more than text: if not, it is not looked for."""
+    base, long = price.base, price.long
+    if base.audio_input > base.input or base.audio_output > base.output:
+        return True
+    return long is not None and (long.audio_input > long.input or long.audio_output > long.output)

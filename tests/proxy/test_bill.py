@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from accounting.contract import catalogue
 from accounting.contract.keyspace import KeyRecord
 from accounting.contract.usage_event import SCHEMA, UsageEvent
 from proxy import request_head
@@ -50,3 +51,46 @@ def test_a_cost_is_worked_out_for_each_usage() -> None:
     assert [bill.charge(tokens, hold) for tokens in (few, many, few, NOTHING)] == [
         6, 12, 6, 0,
     ]  # fmt: skip
+
+
+SOUND = """
+[providers.p]
+base_url = "http://127.0.0.1:1/v1"
+[models.m]
+targets = ["p/there"]
+context_tokens = 1000
+max_output_tokens = 100
+price = { input = "1", output = "2", %s }
+"""
+SPOKEN = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\u{ord(letter):04x}" for letter in text)
+
+
+@pytest.mark.parametrize("rate", ["audio_input", "audio_output"])
+@pytest.mark.parametrize(
+    ("content", "is_sound"),
+    [
+        (json.dumps([SPOKEN]), True),
+        (json.dumps([SPOKEN]).replace("input_audio", _escaped("input_audio")), True),
+        (json.dumps([SPOKEN]).replace("input_audio", "input_\\u0061udio"), True),
+        (json.dumps([SPOKEN]) + " " * 20_000, True),
+        (json.dumps([SPOKEN]).replace("audio", _escaped("audio")) + " " * 20_000, True),
+        ('"Sound is a wave. \\u00e9"', False),
+    ],
+)
+def test_sound_is_held_at_its_price_however_it_is_written(
+    content: str, is_sound: bool, rate: str
+) -> None:
+    body = f'{{"model":"m","messages":[{{"role":"user","content":{content}}}]}}'.encode()
+    head = request_head.parse(body)
+    timing = Timing(1.0, 1)
+    dear, plain = (
+        catalogue.parse(SOUND % f'{rate} = "{price}"', {}, False).models["m"] for price in (9, 1)
+    )
+    held = [Bill(REQUEST_ID, RECORD, head, one, body, timing).credits_ucr for one in (dear, plain)]
+    assert (held[0] > held[1]) == is_sound
+    if is_sound:
+        assert held[0] == {"audio_input": 9_200, "audio_output": 1_900}[rate]

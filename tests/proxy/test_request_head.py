@@ -411,6 +411,7 @@ def test_media_is_found_wherever_it_stands(
         assert has_audio(raw) == ("input_audio" in part)
         escaped = raw.replace(b'"%b"' % next(iter(part)).encode(), b'"t\\u0079pe"')
         assert bound(escaped, CONTEXT * 10) == CONTEXT * 10
+        assert has_audio(escaped)
     without = body(messages=padding)
     assert bound(without, CONTEXT * 10) == len(without) + 32
     assert not has_audio(without)
