@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import endurance, scenarios, stores
+from benchmarks import backlog, endurance, scenarios, stores
 
 SCENARIOS = {
-    one.name: one for one in (*scenarios.SCENARIOS, *endurance.SCENARIOS, *stores.SCENARIOS)
+    one.name: one for group in (scenarios, endurance, stores, backlog) for one in group.SCENARIOS
 }
 SEVERAL = {
     "rates": ("rate-1", "rate-16", "rate", "rate-256"),
