@@ -153,7 +153,6 @@ class OrphanJournal:
         if self._map is not None:
             self._map.close()
         if remove:
-            self.path.with_suffix(".tail").unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 

@@ -11,6 +11,7 @@ has been rolled back since. From the tail go those that it acknowledged and has 
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hiredis
@@ -122,7 +123,7 @@ async def replay(journal: OrphanJournal, pipe: RedisPipe, era: int = 0) -> int:
         await _send(pipe, journal.boot, batch, last.get(batch.shard, 0), era)
         for slot in batch.slots:  # once the boot is retired, Redis no longer knows its numbers
             journal.free(slot)
-    await _tell_lost(pipe, journal, last)
+    await _tell_lost(pipe, journal.boot, journal.path.with_suffix(".tail"), last)
     await retire(pipe, journal.boot, admitted=True)
     return len(found)
 
@@ -166,15 +167,28 @@ async def _send(pipe: RedisPipe, boot: str, batch: _Batch, last: int, era: int) 
     await pipe.call(late_command(batch.shard, boot, batch.number, events))
 
 
-async def _tell_lost(pipe: RedisPipe, journal: OrphanJournal, last: dict[int, int]) -> None:
-    """What Redis had acknowledged and does not know any more."""
+async def replay_stray(path: Path, pipe: RedisPipe) -> None:
+    """Tell what Redis has lost of a worker that was retired, if it has lost that, too.
+
+    Raises RedisDown or ReplyError.
+    """
+    boot = path.stem
+    last = await last_numbers(pipe, boot)
+    if list(last.values()) != [_UNKNOWN] * SHARDS:
+        await _tell_lost(pipe, boot, path, last)
+        await retire(pipe, boot)
+
+
+async def _tell_lost(pipe: RedisPipe, boot: str, tail: Path, last: dict[int, int]) -> None:
+    """What Redis had acknowledged and does not know any more; with a fence it knows all before."""
     lost: list[Record] = []
-    for record in left_behind(journal.path.with_suffix(".tail")):
-        if record.number > last.get(record.shard, 0):
+    for record in left_behind(tail):
+        known = last.get(record.shard, 0)
+        if known != _UNKNOWN and record.number > known:
             lost.append(record)
     for start in range(0, len(lost), _TOLD_AT_ONCE):
         commands = [
-            late_command(one.shard, journal.boot, one.number, one.events)
+            late_command(one.shard, boot, one.number, one.events)
             for one in lost[start : start + _TOLD_AT_ONCE]
         ]
         await all_of([pipe.call(command) for command in commands])

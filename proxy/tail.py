@@ -12,6 +12,7 @@ written last; a record that a power loss cut in two fails its checksum.
 
 import mmap
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from proxy.journal import allocated
 
 HALF_BYTES = 8 * 1024 * 1024
+_KEPT_SECONDS = 10.0
 _HEADER = Layout("<II")
 _RECORD = Layout("<IIII")
 
@@ -77,6 +79,18 @@ class Tail:
         os.close(self.descriptor)
         if remove:
             self.path.unlink(missing_ok=True)
+        else:
+            os.utime(self.path)
+
+
+def strays(folder: Path) -> list[Path]:
+    """Tails whose worker is gone, and its journal with it."""
+    return [path for path in folder.glob("*.tail") if not path.with_suffix(".journal").exists()]
+
+
+def is_old(path: Path) -> bool:
+    """Redis has had the time to write to its disk what this tail holds."""
+    return time.time() - path.stat().st_mtime > _KEPT_SECONDS
 
 
 def left_behind(path: Path) -> list[Record]:

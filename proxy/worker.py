@@ -32,14 +32,14 @@ from proxy.leases import Leases
 from proxy.memory import keep_freed_memory
 from proxy.metrics import Counters
 from proxy.redis_pipe import RedisDown, RedisPipe
-from proxy.replay import replay, retire
+from proxy.replay import replay, replay_stray, retire
 from proxy.request_ids import RequestIds
 from proxy.routing import Routing
 from proxy.services import Services
 from proxy.settlement import Settlement
 from proxy.standing import Standing
 from proxy.sweep import look_at_all
-from proxy.tail import Tail
+from proxy.tail import Tail, is_old, strays
 from proxy.upstream import Upstreams
 
 _SWEEP_SECONDS = 0.5
@@ -82,7 +82,6 @@ class Worker:
             settings.redis_pending,
             self._redis_changed,
         )
-        self._tail = Tail(self._journals / f"{self._boot}.tail")
         self.services = services = self._build()
         self._sync = JournalSync(
             [self._tail.descriptor, services.journal.descriptor],
@@ -96,6 +95,7 @@ class Worker:
     def _build(self) -> Services:
         settings, pipe, now = self._settings, self._pipe, self._loop.time
         journal = Journal(self._journals / f"{self._boot}.journal", settings.journal_slots)
+        self._tail = Tail(self._journals / f"{self._boot}.tail")  # second: it is no stray
         keys = Keys(pipe, settings.key_cache_entries, settings.key_cache_seconds, now)
         upstreams = Upstreams(settings, self._distrusted)
         routing = Routing(
@@ -181,7 +181,7 @@ class Worker:
         retired = settled and await self._retired()
         await self._pipe.stop()
         self._sync.stop()
-        self._tail.close(remove=retired)
+        self._tail.close(remove=False)  # should Redis lose its last seconds now
         services.journal.close(remove=retired)
 
     async def _settled(self) -> bool:
@@ -258,9 +258,19 @@ class Worker:
         while True:
             for journal in find_orphans(self._journals):
                 await self._replay(journal)
+            await self._replay_strays()
             if self._pipe.up:
                 self._standing.orphans_settled = True
             await asyncio.sleep(self._settings.heartbeat_seconds)
+
+    async def _replay_strays(self) -> None:
+        for path in strays(self._journals):
+            try:
+                await replay_stray(path, self._pipe)
+                if is_old(path):
+                    path.unlink()
+            except (RedisDown, hiredis.ReplyError, FileNotFoundError):
+                continue  # there is a next time, or another worker was faster
 
     async def _replay(self, journal: OrphanJournal) -> None:
         done = False

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import asyncpg
 import msgspec
+import psutil
 import pytest
 from redis.asyncio import Redis
 
@@ -263,22 +264,34 @@ async def test_emptied_it_is_filled_and_told_the_rest(city: City, how: str) -> N
     await city.settled()
 
 
-async def test_rolled_back_with_its_workers_killed_the_tails_are_told(city: City) -> None:
-    """The whole host loses power: Redis its last seconds, the workers their lives."""
+@pytest.mark.parametrize("orderly", [False, True], ids=["killed", "stopped"])
+async def test_rolled_back_with_its_workers_gone_the_tails_are_told(
+    city: City, orderly: bool
+) -> None:
+    """The whole host loses power: Redis its last seconds, the workers their lives; or they were
+    stopped within the seconds that Redis has lost."""
     await city.serve(3)
     await eventually(lambda: _equal(city.posted(), city.charged), SOON)
     await city.stop_accounting()
     kept = city.copy()
     await city.serve(4)
-    city.host.process.kill()
-    for worker in city.host.workers():
-        worker.kill()
+    workers = city.host.workers()
+    if orderly:
+        city.host.process.terminate()
+    else:
+        for one in (city.host.process, *workers):
+            one.kill()
     await city.host.ended()
+    await eventually(lambda: not any(map(_lives, workers)), SOON)
     await city.roll_back(kept)
     await city.start_accounting()
     await (await city.host.start()).until_ready()
     await city.serves_again()
     await city.settled()
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 async def test_workers_taken_to_be_lost_leave_and_are_replaced(city: City) -> None:

@@ -1,5 +1,6 @@
 """Replay on a real Redis: whatever a dead worker left is charged once, and no hold stays."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -26,9 +27,16 @@ from proxy.journal import Journal, OrphanJournal, find_orphans
 from proxy.key_lease import Ask
 from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, RedisPipe
-from proxy.replay import Opening, encode_opening, replay, retire, settle_of_open
+from proxy.replay import (
+    Opening,
+    encode_opening,
+    replay,
+    replay_stray,
+    retire,
+    settle_of_open,
+)
 from proxy.settlement import batch_command, encode_settle
-from proxy.tail import Tail
+from proxy.tail import Tail, is_old, strays
 from tests.contract.store import Store, same_shard
 from tests.proxy.redis_scene import FailingCalls, empty_store, open_pipe, record
 from tests.proxy.test_settlement import BOOT, WS, event, settle
@@ -428,3 +436,37 @@ async def test_a_worker_that_retires_itself_has_told_of_everything(
     await retire(pipe, BOOT)
     assert store.counters(WS).requests_tat == before
     worker.journal.close(remove=True)
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+async def test_the_tail_of_a_worker_that_stopped_is_told_if_redis_lost_its_end(
+    store: Store, pipe: RedisPipe, tmp_path: Path, rolled_back: bool
+) -> None:
+    path = tmp_path / f"{BOOT}.tail"
+    tail = Tail(path, 65536)
+    for number in (1, 2):
+        ended = settle(number, 30, 100)
+        await pipe.call(batch_command(keyspace.shard_of(WS), BOOT, number, [ended]))
+        tail.add(keyspace.shard_of(WS), number, join_events([ended.event]))
+    tail.close(remove=False)
+    before = keyspace.boots_key(keyspace.shard_of(WS))
+    if rolled_back:
+        store.client.hset(before, BOOT, 1)
+    else:
+        await retire(pipe, BOOT)
+    assert strays(tmp_path) == [path] and not is_old(path)
+    for _ in range(2):
+        await replay_stray(path, pipe)
+    assert late_numbers(store) == ([2] if rolled_back else [])
+    assert store.client.hget(before, BOOT) == b"fenced"
+
+
+def test_a_tail_beside_a_journal_is_no_stray_and_an_old_one_is_old(tmp_path: Path) -> None:
+    journal, tail = tmp_path / "boot_1.journal", tmp_path / "boot_1.tail"
+    journal.touch()
+    tail.touch()
+    assert strays(tmp_path) == []
+    journal.unlink()
+    assert strays(tmp_path) == [tail]
+    os.utime(tail, (0, 0))
+    assert is_old(tail)
