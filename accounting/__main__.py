@@ -1,4 +1,4 @@
-"""`python -m accounting run | migrate | audit [--json] [--client-log FILE] | rebuild`.
+"""`python -m accounting run | migrate | audit [--json] [--recent] [--client-log FILE] | rebuild`.
 
 Exit status: 0 done (or stopped when asked to), 1 a store cannot be reached or an audit found
 drift, 2 settings or arguments are wrong. What goes wrong is one line on stderr.
@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("migrate", help="bring the database's schema up to date")
     audits = verbs.add_parser("audit", help="prove every invariant on the live system")
     audits.add_argument("--json", action="store_true", help="one JSON object")
+    extent = audits.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="all there is (the default)")
+    extent.add_argument(
+        "--recent", action="store_true", help="only what was posted since the last clean audit"
+    )
     audits.add_argument(
         "--client-log", type=Path, metavar="FILE", help="compare what clients were told, too"
     )
@@ -97,7 +102,9 @@ async def _migrate(settings: Settings) -> int:
 async def _audit(settings: Settings, options: argparse.Namespace) -> int:
     async with await open_postgres(settings) as pool, await open_redis(settings) as redis:
         longest = settings.total_timeout_seconds
-        findings = await audit.audit(pool, redis, longest, options.client_log)
+        findings = await audit.audit(
+            pool, redis, longest, options.client_log, recent=options.recent
+        )
         aside = await audit.not_applicable(pool)
     say(audit.as_json(findings) if options.json else audit.as_text(findings))
     if aside and not options.json:

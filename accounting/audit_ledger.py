@@ -30,7 +30,7 @@ class Invariant(NamedTuple):
     rows: str
 
 
-_SIDES = (
+SIDES = (
     "select debit_id as id, amount_ucr as debits, 0 as credits from transfers"
     " union all select credit_id, 0, amount_ucr from transfers"
 )
@@ -43,7 +43,7 @@ INVARIANTS = [
         " (a.debits_ucr, a.credits_ucr) is distinct from"
         " (coalesce(t.debits, 0)::bigint, coalesce(t.credits, 0)::bigint) as bad"
         " from ledger_accounts a left join (select id, sum(debits) as debits,"
-        f" sum(credits) as credits from ({_SIDES}) s group by id) t using (id)",
+        f" sum(credits) as credits from ({SIDES}) s group by id) t using (id)",
     ),
     Invariant(
         "A2",
@@ -145,11 +145,14 @@ _SUMMARY = (
 
 
 async def check(connection: Any, longest_exchange_seconds: float) -> list[Finding]:
-    """Every invariant of the ledger."""
-    findings = []
-    for invariant in INVARIANTS:
-        arguments = [longest_exchange_seconds + SWEEP_SECONDS] if "$1" in invariant.rows else []
-        statement = _SUMMARY.format(rows=invariant.rows)
-        row = await connection.fetchrow(statement, *arguments, timeout=None)
-        findings.append(Finding(invariant.name, invariant.title, *row))
-    return findings
+    """Every invariant of the ledger, over all of it."""
+    patience = longest_exchange_seconds + SWEEP_SECONDS
+    return [await run(connection, one, patience) for one in INVARIANTS]
+
+
+async def run(connection: Any, invariant: Invariant, asked: Any) -> Finding:
+    """One invariant; `asked` is what its rows call `$1`, if they do."""
+    arguments = [asked] if "$1" in invariant.rows else []
+    statement = _SUMMARY.format(rows=invariant.rows)
+    row = await connection.fetchrow(statement, *arguments, timeout=None)
+    return Finding(invariant.name, invariant.title, *row)

@@ -1,5 +1,8 @@
 """Audits from time to time while accounting runs: drift becomes a metric and a log line.
 
+The first audit of a process is over all there is, and one a day; the others look at what was
+posted since the last clean one.
+
 One process of all audits at a time, by an advisory lock. What is checked is `audit.py`'s part.
 """
 
@@ -17,6 +20,7 @@ from accounting.audit_ledger import Finding
 from accounting.reckoning import RestlessError
 from accounting.stores import OUTAGES
 
+_FULL_SECONDS = 86_400.0
 _FOR_EVER_SECONDS = 86_400.0
 _LOCK = 0x70_6C_67_06
 _log = logging.getLogger("tollgate.accounting")
@@ -45,6 +49,7 @@ class Auditor:
         self._pool, self._redis = pool, redis
         self._every_seconds = every_seconds
         self._longest_seconds = longest_exchange_seconds
+        self._full_at = 0.0
         self.audits = Audits()
 
     def __repr__(self) -> str:
@@ -68,7 +73,12 @@ class Auditor:
                 return False
             try:
                 begun = time.monotonic()
-                findings = await audit.audit(self._pool, self._redis, self._longest_seconds)
+                full = begun >= self._full_at
+                findings = await audit.audit(
+                    self._pool, self._redis, self._longest_seconds, recent=not full
+                )
+                if full:
+                    self._full_at = begun + _FULL_SECONDS
                 self._note(findings, time.monotonic() - begun)
             finally:
                 await connection.execute("select pg_advisory_unlock($1)", _LOCK)

@@ -217,7 +217,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         Address, _text("accounting's own /healthz and /metrics; tried again while it is taken")
     ] = Address("127.0.0.1", 8083)
     audit_seconds: Annotated[
-        float, _between(0, 7 * DAY, "accounting audits everything this often; 0 = never")
+        float,
+        _between(
+            0,
+            7 * DAY,
+            "accounting audits this often, everything at first and once a day, else what is new;"
+            " 0 = never",
+        ),
     ] = 300.0
     accounting_batch: Annotated[
         int, _between(1, 10_000, "stream entries posted in one transaction")
