@@ -35,7 +35,8 @@ from accounting.embedded import Server, start_redis
 from benchmarks.kernel import cpu_seconds, pin_tree
 from benchmarks.micro import Typical
 from proxy.key_lease import KeyLease
-from proxy.settlement import Settle, batch_command
+from proxy.settle_record import Settle
+from proxy.settlement import batch_command
 
 TURN = 32
 RATES = (1500.0, 5000.0, 10_000.0, 0.0)

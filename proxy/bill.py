@@ -11,10 +11,11 @@ from accounting.contract.keyspace import KeyRecord
 from accounting.contract.pricing import Price, cost_ucr, worst_case_ucr
 from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
 from proxy.admission import Hold
+from proxy.chat_head import ChatHead
 from proxy.provider_usage import estimate_input
-from proxy.request_head import ChatHead, has_audio, input_bound, output_bound
+from proxy.request_head import has_audio, input_bound, output_bound
 from proxy.routing import Stop
-from proxy.settlement import Settle
+from proxy.settle_record import Settle
 from proxy.usage_scanner import StreamScanner
 
 ROUTE = "/v1/chat/completions"

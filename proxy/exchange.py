@@ -22,14 +22,14 @@ from proxy import replies, request_head
 from proxy.admission import Hold
 from proxy.answer import Answer, Client, Request
 from proxy.bill import NOTHING, Bill, Timing
+from proxy.chat_head import ChatHead
 from proxy.journal import JournalFull
 from proxy.key_lease import Ask, KeyLease, Stale
 from proxy.keys import digest_of
 from proxy.patience import Patience
 from proxy.relay import Relay
-from proxy.request_head import ChatHead
 from proxy.routing import Route
-from proxy.settlement import encode_settle
+from proxy.settle_record import encode_settle
 from proxy.upstream_connection import UpstreamConnection
 from proxy.usage_scanner import StreamScanner
 

@@ -3,64 +3,26 @@
 Sans-IO and without state: usage objects in any shape, plain JSON answers, estimates.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Raw, Struct
 
 from accounting.contract.usage_event import TokenUsage
+from proxy.usage_shapes import (
+    MAX_COUNT,
+    AnyAnswer,
+    InputParts,
+    OutputParts,
+    ProviderUsage,
+    RegularAnswer,
+    RegularUsage,
+)
 
 _BYTES_PER_TOKEN = 4
-_MAX_COUNT = (1 << 31) - 1  # what the ledger's columns hold
 
-
-class ProviderUsage(Struct):
-    """Usage as OpenAI-compatible providers report it; any field may hold anything."""
-
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
-    total_tokens: Any = None
-    prompt_tokens_details: Any = None
-    completion_tokens_details: Any = None
-    prompt_cache_hit_tokens: Any = None
-
-
-class _Usage(Struct):
-    usage: Raw = Raw()
-
-
-_Tokens = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
-
-
-class _InputParts(Struct, gc=False):
-    cached_tokens: _Tokens | None = None
-    cache_write_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-
-
-class _OutputParts(Struct, gc=False):
-    reasoning_tokens: _Tokens | None = None
-    audio_tokens: _Tokens | None = None
-
-
-class _RegularUsage(Struct):
-    """Usage in the shape nearly every provider keeps to: read six times as fast."""
-
-    prompt_tokens: _Tokens
-    completion_tokens: _Tokens
-    total_tokens: _Tokens = 0
-    prompt_tokens_details: _InputParts | None = None
-    completion_tokens_details: _OutputParts | None = None
-    prompt_cache_hit_tokens: _Tokens = 0
-
-
-class _RegularAnswer(Struct):
-    usage: _RegularUsage
-
-
-_regular_usages = msgspec.json.Decoder(_RegularUsage)
-_regular_answers = msgspec.json.Decoder(_RegularAnswer)
-_answers = msgspec.json.Decoder(_Usage)
+_regular_usages = msgspec.json.Decoder(RegularUsage)
+_regular_answers = msgspec.json.Decoder(RegularAnswer)
+_answers = msgspec.json.Decoder(AnyAnswer)
 _usages = msgspec.json.Decoder(ProviderUsage)
 
 
@@ -78,10 +40,10 @@ def token_usage(raw: bytes) -> TokenUsage | None:
         return None
 
 
-_NO_INPUT_PARTS, _NO_OUTPUT_PARTS = _InputParts(), _OutputParts()
+_NO_INPUT_PARTS, _NO_OUTPUT_PARTS = InputParts(), OutputParts()
 
 
-def _regular(usage: _RegularUsage) -> TokenUsage:
+def _regular(usage: RegularUsage) -> TokenUsage:
     prompt, output = usage.prompt_tokens, usage.completion_tokens
     if usage.total_tokens > prompt + output:
         output = usage.total_tokens - prompt
@@ -132,7 +94,7 @@ def _count(number: Any) -> int | None:
     """A count within bounds; None for what is no number."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return None
-    return int(min(max(number, 0), _MAX_COUNT))
+    return int(min(max(number, 0), MAX_COUNT))
 
 
 def _part(details: Any, name: str) -> int:

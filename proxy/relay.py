@@ -11,10 +11,10 @@ from typing import Protocol
 from accounting.contract.errors import Failure, ProviderBrokeOff, ProviderFailed, ProviderGarbled
 from accounting.contract.settings import Settings
 from accounting.contract.usage_event import TokenUsage
+from proxy.chat_head import ChatHead
 from proxy.patience import Patience
 from proxy.provider_errors import CLIENTS_FAULT, failure_of, scrubbed
 from proxy.provider_usage import read_answer
-from proxy.request_head import ChatHead
 from proxy.routing import Stop
 from proxy.sse import EventTooLong
 from proxy.upstream_connection import UpstreamConnection

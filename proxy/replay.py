@@ -26,14 +26,8 @@ from accounting.contract.usage_event import TokenUsage, UsageEvent, encode_event
 from proxy.journal import SETTLED, Entry, OrphanJournal
 from proxy.provider_usage import estimate_output
 from proxy.redis_pipe import RedisPipe
-from proxy.settlement import (
-    Settle,
-    batch_command,
-    encode_settle,
-    is_fenced,
-    late_command,
-    settle_decoder,
-)
+from proxy.settle_record import Settle, encode_settle, settle_decoder
+from proxy.settlement import batch_command, is_fenced, late_command
 from proxy.tail import Record, left_behind
 
 _BATCH = 256

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from accounting.contract.settings import Settings
@@ -21,23 +20,44 @@ if TYPE_CHECKING:
     from proxy.front_door import FrontDoor
 
 
-@dataclass(slots=True)
 class Services:
     """The steps of an exchange, and the two sets that a sweep and a drain go through."""
 
-    settings: Settings
-    loop: asyncio.AbstractEventLoop
-    now: Callable[[], float]
-    request_ids: RequestIds
-    keys: Keys
-    leases: Leases
-    routing: Routing
-    upstreams: Upstreams
-    journal: Journal
-    settlement: Settlement
-    counters: Counters
-    aiohttp_lane: "AiohttpLane"
-    connections: "set[FrontDoor]" = field(default_factory=set)
-    exchanges: "set[Exchange]" = field(default_factory=set)
-    draining: bool = False  # the next answer of each connection is its last
-    gate_open: bool = False  # Redis holds what the ledger says: it has its epoch
+    __slots__ = (
+        "aiohttp_lane", "connections", "counters", "draining", "exchanges", "gate_open", "journal",
+        "keys", "leases", "loop", "now", "request_ids", "routing", "settings", "settlement",
+        "upstreams",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
+        request_ids: RequestIds,
+        keys: Keys,
+        leases: Leases,
+        routing: Routing,
+        upstreams: Upstreams,
+        journal: Journal,
+        settlement: Settlement,
+        counters: Counters,
+        aiohttp_lane: "AiohttpLane",
+    ) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.now = now
+        self.request_ids = request_ids
+        self.keys = keys
+        self.leases = leases
+        self.routing = routing
+        self.upstreams = upstreams
+        self.journal = journal
+        self.settlement = settlement
+        self.counters = counters
+        self.aiohttp_lane = aiohttp_lane
+        self.connections: set[FrontDoor] = set()
+        self.exchanges: set[Exchange] = set()
+        self.draining = False  # the next answer of each connection is its last
+        self.gate_open = False  # Redis holds what the ledger says: it has its epoch

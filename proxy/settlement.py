@@ -15,8 +15,6 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 import hiredis
-import msgspec
-from msgspec import Struct
 
 from accounting.contract import keyspace
 from accounting.contract.figures import pack_figures
@@ -25,9 +23,9 @@ from accounting.contract.usage_event import join_events
 from proxy.journal import Journal
 from proxy.key_lease import KeyLease
 from proxy.redis_pipe import RedisDown, RedisPipe, pack
+from proxy.settle_record import Settle
 from proxy.tail import Tail
 
-_encode = msgspec.msgpack.Encoder().encode
 _SETTLE = SCRIPTS["settle"].digest
 _RETRY_SECONDS = 0.1
 _REFUSALS = 5  # of one batch, before it goes to accounting as it is
@@ -36,26 +34,6 @@ _PASSING = (
     "ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOAUTH",
     "NOPERM", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN", "WRONGPASS",
 )  # fmt: skip
-
-
-class Settle(Struct, array_like=True):
-    """What ends one hold. Amounts in µcr; `void_at_us` is the admission time of a void, or 0."""
-
-    workspace_id: str
-    key_id: str
-    credits_ucr: int
-    charge_ucr: int
-    tokens_held: int
-    tokens_used: int
-    void_at_us: int
-    event: bytes
-
-
-settle_decoder = msgspec.msgpack.Decoder(Settle)
-
-
-def encode_settle(settle: Settle) -> bytes:
-    return _encode(settle)
 
 
 def late_command(shard: int, boot: str, number: int, events: bytes) -> bytes:
@@ -105,12 +83,15 @@ def batch_command(
     return pack(("EVALSHA", _SETTLE, len(keys), *keys, boot, number, events, *words))
 
 
-class _Waiting(Struct, frozen=True):
+class _Waiting:
     """A settle on its way: where the journal has it, and the lease its hold is part of."""
 
-    settle: Settle
-    slot: int
-    lease: KeyLease | None
+    __slots__ = ("lease", "settle", "slot")
+
+    def __init__(self, settle: Settle, slot: int, lease: KeyLease | None) -> None:
+        self.settle = settle
+        self.slot = slot
+        self.lease = lease
 
 
 class _Shard:

@@ -11,6 +11,7 @@ UCR_PER_USD = 100_000_000
 MAX_UCR = 9_000_000_000_000_000  # below 2**53, so that a Lua double holds it exactly
 _CREDIT_PLACES = 6
 _USD_PLACES = 8
+_PLACES = {_CREDIT_PLACES: "%d.%06d", _USD_PLACES: "%d.%08d"}
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _EXACT = Context(prec=40, traps=[Inexact, InvalidOperation])  # a lost digit is an error
 
@@ -40,7 +41,7 @@ def _format(ucr: int, places: int) -> str:
     whole, part = divmod(ucr, 10**places)
     if not part:
         return str(whole)
-    return f"{whole}.{part:0{places}d}".rstrip("0")
+    return (_PLACES[places] % (whole, part)).rstrip("0")
 
 
 def parse_credits(text: str | int | Decimal) -> int:

@@ -36,7 +36,8 @@ from proxy.key_lease import Ask, KeyLease, Stale
 from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, pack
 from proxy.replay import Opening, encode_opening, replay, retire
-from proxy.settlement import Settle, Settlement, encode_settle, is_fenced
+from proxy.settle_record import Settle, encode_settle
+from proxy.settlement import Settlement, is_fenced
 from tests.contract.store import Store
 
 WS = next(ws for ws in map("ws_{}".format, range(1000)) if not keyspace.shard_of(ws))

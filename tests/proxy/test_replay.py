@@ -35,7 +35,8 @@ from proxy.replay import (
     retire,
     settle_of_open,
 )
-from proxy.settlement import batch_command, encode_settle
+from proxy.settle_record import encode_settle
+from proxy.settlement import batch_command
 from proxy.tail import Tail, is_old, strays
 from tests.contract.store import Store, same_shard
 from tests.proxy.redis_scene import FailingCalls, empty_store, open_pipe, record

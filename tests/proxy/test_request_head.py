@@ -18,7 +18,8 @@ from accounting.contract.errors import (
     UnboundedCost,
     UnknownParameter,
 )
-from proxy.request_head import ChatHead, body_for, has_audio, input_bound, output_bound, parse
+from proxy.chat_head import ChatHead
+from proxy.request_head import body_for, has_audio, input_bound, output_bound, parse
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CONTEXT = 100_000

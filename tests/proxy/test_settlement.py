@@ -25,7 +25,8 @@ from proxy.key_lease import Ask, KeyLease
 from proxy.leases import Leases
 from proxy.redis_pipe import RedisPipe
 from proxy.replay import retire
-from proxy.settlement import Settle, Settlement, encode_settle, settle_decoder
+from proxy.settle_record import Settle, encode_settle, settle_decoder
+from proxy.settlement import Settlement
 from proxy.tail import Tail
 from tests.contract.store import Store, same_shard
 from tests.proxy.redis_scene import Between, empty_store, open_pipe, record
