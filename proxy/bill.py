@@ -82,6 +82,16 @@ class Bill:
             self._cost = tokens, cost
         return cost
 
+    def enough_output(self, hold: Hold) -> int:
+        """Output tokens that the hold certainly cannot pay, had the input cost nothing. They
+        are counted by an estimate, hence the margin."""
+        rates = self._model.price.long or self._model.price.base
+        rate = min(rates.output, self._model.price.base.output)
+        if not rate:
+            return UNBOUNDED
+        paid = hold.credits_ucr * MILLION // rate
+        return paid + paid // 4 + _MARGIN_TOKENS
+
     def of_stream(self, scanner: StreamScanner) -> tuple[TokenUsage, str]:
         """Tokens of a stream so far: the provider's figure, else an estimate in bounds.
 

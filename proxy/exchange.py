@@ -192,6 +192,8 @@ class Exchange:
         """The target answers as it was asked to."""
         route, hold = self._route, self._hold
         assert hold is not None
+        if self._relay.scanner is not None:
+            self._relay.scanner.enough = self._bill.enough_output(hold)
         self._timing.first_byte_at = self._services.now()
         route.recovered(self._timing.first_byte_at)
         self._answer.served = route.stop.target.model.encode()
@@ -217,16 +219,28 @@ class Exchange:
     def relay_done(self, scanner: StreamScanner) -> None:
         assert self._hold is not None
         tokens, settlement = self._bill.of_stream(scanner)
-        charge = self._bill.charge(tokens, self._hold)
-        quiet = self._request.head.headers.get(b"x-tollgate-credits-chunk", b"").lower() == b"off"
-        if quiet and not self._head.wants_usage:
-            tail = replies.credits_comment(charge)
-        else:
-            tail = replies.final_chunk(scanner, tokens, charge)
-        self._answer.end_stream(tail + replies.DONE)
+        self._answer.end_stream(self._tail(scanner, tokens))
         self._settle(tokens, settlement, "completed")
         self._relay.release()
         self._done()
+
+    def relay_outran(self, scanner: StreamScanner) -> None:
+        """More has come than the hold can pay: it ends here, as an answer does at its ceiling."""
+        self._relay.drop()
+        tokens, settlement = self._bill.of_stream(scanner)
+        last = replies.length_chunk(scanner, self._head.n or 1)
+        self._answer.end_stream(last + self._tail(scanner, tokens))
+        self._settle(tokens, settlement, "cut")
+        self._done()
+
+    def _tail(self, scanner: StreamScanner, tokens: TokenUsage) -> bytes:
+        """What ends a stream: its price, as the client can bear it, and `[DONE]`."""
+        assert self._hold is not None
+        charge = self._bill.charge(tokens, self._hold)
+        quiet = self._request.head.headers.get(b"x-tollgate-credits-chunk", b"").lower() == b"off"
+        if quiet and not self._head.wants_usage:
+            return replies.credits_comment(charge) + replies.DONE
+        return replies.final_chunk(scanner, tokens, charge) + replies.DONE
 
     def _break_off(self, failure: Failure, outcome: str = "provider_failed") -> None:
         """Within a stream that has begun: an in-band error, and a bill for what was relayed."""

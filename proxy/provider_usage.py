@@ -116,6 +116,16 @@ def estimate_output(relayed_bytes: int, events: int, envelope: int) -> int:
     return max(events - 1, -(-max(0, content) // _BYTES_PER_TOKEN), 0)
 
 
+def is_beyond(tokens: int, relayed_bytes: int, events: int, envelope: int) -> bool:
+    """Whether certainly more output than that was relayed.
+
+    By both measures of the estimate: some providers send a letter in an event, others a
+    kilobyte beside each token.
+    """
+    content = relayed_bytes - events * envelope
+    return events - 1 > tokens and content > tokens * _BYTES_PER_TOKEN
+
+
 def read_answer(body: bytes) -> tuple[TokenUsage | None, bool]:
     """Usage of a plain JSON answer, and whether the body is a JSON object at all."""
     try:

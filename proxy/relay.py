@@ -3,7 +3,7 @@
 Owns the connection while it is used, the answer's status, its scanner or its pieces, and
 their bounds. A stream is passed on as it comes, anything else is gathered whole. Whoever
 reads it implements `Reader`; the attempt ends with exactly one of `relay_done`,
-`relay_whole`, `relay_failed` or the reader's own `drop()`.
+`relay_whole`, `relay_outran`, `relay_failed` or the reader's own `drop()`.
 """
 
 from typing import Protocol
@@ -31,6 +31,7 @@ class Reader(Protocol):
     def relay_block(self, block: bytes, scanner: StreamScanner) -> None: ...
     def relay_done(self, scanner: StreamScanner) -> None: ...
     def relay_whole(self, body: bytes, usage: TokenUsage | None) -> None: ...
+    def relay_outran(self, scanner: StreamScanner) -> None: ...
     def relay_failed(self, failure: Failure) -> None: ...
 
 
@@ -200,6 +201,10 @@ class Relay:
             self._reader.relay_failed(ProviderFailed(words))
         elif scanner.done:
             self._reader.relay_done(scanner)
+        elif (
+            scanner.events > scanner.enough and self._connection is not None and scanner.has_outrun
+        ):
+            self._reader.relay_outran(scanner)
 
     def _finish_unasked(self, scanner: StreamScanner) -> None:
         """The stream ended without `[DONE]`: fine after its last chunk, an error before."""

@@ -89,6 +89,15 @@ def final_chunk(scanner: StreamScanner, tokens: TokenUsage, charge_ucr: int) -> 
     return b"data: " + _encode(_closing(scanner, tokens, charge_ucr)) + b"\n\n"
 
 
+def length_chunk(scanner: StreamScanner, choices: int) -> bytes:
+    """Tells that every choice ended for its length."""
+    event = _framed(scanner)
+    event["choices"] = [
+        {"index": index, "delta": {}, "finish_reason": "length"} for index in range(choices)
+    ]
+    return b"data: " + _encode(event) + b"\n\n"
+
+
 def credits_comment(charge_ucr: int) -> bytes:
     """For clients that asked for no extra event: an SSE comment every parser skips."""
     return f": credits_used={format_credits(charge_ucr)}\n\n".encode()
@@ -110,6 +119,14 @@ def error_event(
 
 
 def _closing(scanner: StreamScanner, tokens: TokenUsage, charge_ucr: int) -> dict[str, object]:
+    return {
+        **_framed(scanner),
+        "usage": _usage(scanner, tokens),
+        "credits_used": Raw(format_credits(charge_ucr).encode()),
+    }
+
+
+def _framed(scanner: StreamScanner) -> dict[str, object]:
     """Keeps the upstream's id, created and model, so that every client parses it."""
     head = scanner.chunk_head
     return {
@@ -118,8 +135,6 @@ def _closing(scanner: StreamScanner, tokens: TokenUsage, charge_ucr: int) -> dic
         "created": (head.created if head else None) or 0,
         "model": (head.model if head else None) or "",
         "choices": [],
-        "usage": _usage(scanner, tokens),
-        "credits_used": Raw(format_credits(charge_ucr).encode()),
     }
 
 

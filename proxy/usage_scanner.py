@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from accounting.contract.usage_event import TokenUsage
-from proxy.provider_usage import estimate_output, token_usage
+from proxy.provider_usage import estimate_output, is_beyond, token_usage
 from proxy.sse import EventSplitter, each_event, event_data
 
 _USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
@@ -20,6 +20,7 @@ _USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
 _USAGE_NULL = re.compile(
     rb',[ \t]*"usage"[ \t]*:[ \t]*null|(?<!\\)"usage"[ \t]*:[ \t]*null[ \t]*,[ \t]*'
 )
+UNBOUNDED = 1 << 62
 _EMPTY_LIST = re.compile(rb"\[\s*\]")
 _MARKS = (b"[DONE]", b'"error"', b'"usage"')
 _LARGE = 16_384  # bytes; of a larger block no more is kept
@@ -64,12 +65,14 @@ class StreamScanner:
     `strip_nulls`: the client did not ask for usage, so `"usage":null` is taken out too.
     After each `pass_on`: `usage`/`usage_raw` as last seen, `done` at `[DONE]`, `failed` with
     the provider's message at an error event, `chunk_head` once a chunk has passed. What comes
-    after `done` or `failed` is not for the client; no more needs to be passed on.
+    after `done` or `failed` is not for the client; no more needs to be passed on. `enough`, to
+    be set: output tokens beyond which nothing will be paid; see `has_outrun`.
     """
 
     __slots__ = (
         "_before", "_closed", "_last", "_splitter", "_strip_nulls", "_twice", "_unread",
-        "chunk_head", "done", "envelope", "events", "failed", "relayed_bytes", "usage", "usage_raw",
+        "chunk_head", "done", "enough", "envelope", "events", "failed", "relayed_bytes", "usage",
+        "usage_raw",
     )  # fmt: skip
 
     def __init__(self, event_limit: int, strip_nulls: bool) -> None:
@@ -81,6 +84,7 @@ class StreamScanner:
         self._before = b""  # what comes after a finish reason may come alone: an empty choice
         self._last = b""
         self._closed = False  # the usage chunk that ends an answer has passed
+        self.enough = UNBOUNDED
         self.events = 0
         self.relayed_bytes = 0
         self.chunk_head: _Chunk | None = None
@@ -134,6 +138,13 @@ class StreamScanner:
     def estimate_output(self) -> int:
         """Output tokens so far, from what was relayed."""
         return estimate_output(self.counted_bytes, self.events, self.envelope)
+
+    @property
+    def has_outrun(self) -> bool:
+        """Certainly more than enough has passed."""
+        if self.events <= self.enough:
+            return False
+        return is_beyond(self.enough, self.counted_bytes, self.events, self.envelope)
 
     @property
     def counted_bytes(self) -> int:

@@ -60,14 +60,26 @@ MODELS = {
     "dead-pair": ["dead/gone", "spare/pair-spare"],
     "raw": ["raw/raw-there"],
     "raw-pair": ["raw/raw-there", "spare/pair-spare"],
+    "vast": ["main/vast"],
+    "raw-vast": ["raw/raw-there"],
 }
 MODEL = """
 [models."{name}"]
 targets = {targets}
 context_tokens = 8000
-max_output_tokens = 1000
+max_output_tokens = {output}
 price = {{ input = "15", cached_input = "7.5", output = "60" }}
 """
+
+
+def described(models: dict[str, list[str]]) -> str:
+    """Models for the catalogue; those whose name says so may answer without end, nearly."""
+    return "".join(
+        MODEL.format(name=name, targets=targets, output=10**6 if "vast" in name else 1000)
+        for name, targets in models.items()
+    )
+
+
 _TEST_SETTINGS: dict[str, Any] = {
     "journal_slots": 4096,
     "settle_interval_seconds": 0.001,
@@ -225,8 +237,7 @@ class Scene:
 
     def catalogue(self) -> str:
         ports = {"main": self.main.port, "spare": self.spare.port, "raw": self.raw.port}
-        models = [MODEL.format(name=name, targets=targets) for name, targets in MODELS.items()]
-        return CATALOGUE.format(dead=free_port(), **ports) + "".join(models)
+        return CATALOGUE.format(dead=free_port(), **ports) + described(MODELS)
 
     @property
     def services(self) -> Any:

@@ -18,7 +18,7 @@ from redis import Redis
 from benchmarks.provider import StandInProvider
 from tests.contract.store import Store
 from tests.proxy.ends import STREAM_HEAD, Answer, Client, Provider, chat, delta, request, sse
-from tests.proxy.harness import CATALOGUE, MODEL, MODELS, PROVIDER_KEY, Oracle, Seeds
+from tests.proxy.harness import CATALOGUE, MODELS, PROVIDER_KEY, Oracle, Seeds, described
 from tests.waiting import eventually, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +70,7 @@ class Host:
 
     def write_catalogue(self, models: dict[str, list[str]]) -> None:
         ports = {"main": self.main.port, "spare": self.main.port, "raw": self.raw.port}
-        shown = [MODEL.format(name=name, targets=targets) for name, targets in models.items()]
-        self.catalogue.write_text(CATALOGUE.format(dead=free_port(), **ports) + "".join(shown))
+        self.catalogue.write_text(CATALOGUE.format(dead=free_port(), **ports) + described(models))
 
     @property
     def process(self) -> asyncio.subprocess.Process:

@@ -362,9 +362,12 @@ async def test_a_stream_cut_at_every_byte_is_the_same_stream(proxy: Scene) -> No
     assert (content, last["usage"], done) == (delta("ü🚀"), usage(3, 4), "[DONE]")
 
 
+VAST: dict[str, Any] = {"model": "vast", "max_tokens": None, "stream": True}
+
+
 async def test_two_thousand_chunks_pass_in_order(proxy: Scene) -> None:
     key = proxy.seeds.key()
-    answer = await proxy.ask(key, chat(standin(chunks=2000, obey_max=0), stream=True))
+    answer = await proxy.ask(key, chat(standin(chunks=2000, obey_max=0), **VAST))
     assert len(answer.events) > 2000
     assert (await proxy.events(key))[0].tokens.output > 1000
 

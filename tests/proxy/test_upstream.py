@@ -477,7 +477,7 @@ async def test_a_reader_that_never_reads_costs_a_bounded_buffer(start: Start) ->
     scene.main.default_script = script_from(
         {"chunks": 100_000, "chunk_bytes": 1000, "coalesce": True, "obey_max": False}
     )
-    client >> request(key.secret, chat(stream=True))
+    client >> request(key.secret, chat(model="vast", max_tokens=None, stream=True))
     await eventually(lambda: any(one._blocked for one in scene.main._connections))
     (door,) = scene.services.connections
     assert door._transport.get_write_buffer_size() < 65_536 + 300_000
@@ -494,7 +494,7 @@ async def test_what_has_come_at_once_is_not_all_taken_at_once(start: Start) -> N
     scene = await start(write_buffer_bytes=300_000)
     key, client = scene.seeds.key(), await scene.client()
     client.writer.transport.pause_reading()
-    client >> request(key.secret, chat(model="raw", stream=True))
+    client >> request(key.secret, chat(model="raw-vast", max_tokens=None, stream=True))
     upstream = await scene.raw.call()
     await upstream.hears()
     event = b"data: %b\n\n" % json.dumps(delta("x" * 10_000)).encode()
@@ -521,7 +521,7 @@ async def test_a_reader_that_pauses_misses_nothing(start: Start) -> None:
     key, client = scene.seeds.key(), await scene.client()
     client.writer.transport.pause_reading()
     script = standin(chunks=20_000, chunk_bytes=1000, coalesce=1, obey_max=0)
-    client >> request(key.secret, chat(script, stream=True))
+    client >> request(key.secret, chat(script, model="vast", max_tokens=None, stream=True))
     await eventually(lambda: any(one._blocked for one in scene.main._connections))
     client.writer.transport.resume_reading()
     answer = await client.answer()
