@@ -8,7 +8,7 @@ import msgspec
 
 from accounting.contract.catalogue import Model
 from accounting.contract.keyspace import KeyRecord
-from accounting.contract.pricing import Price, cost_ucr, worst_case_ucr
+from accounting.contract.pricing import MILLION, Price, cost_ucr, worst_case_ucr
 from accounting.contract.usage_event import SCHEMA, TokenUsage, UsageEvent, encode_event
 from proxy.admission import Hold
 from proxy.chat_head import ChatHead
@@ -16,10 +16,11 @@ from proxy.provider_usage import estimate_input
 from proxy.request_head import has_audio, input_bound, output_bound
 from proxy.routing import Stop
 from proxy.settle_record import Settle
-from proxy.usage_scanner import StreamScanner
+from proxy.usage_scanner import UNBOUNDED, StreamScanner
 
 ROUTE = "/v1/chat/completions"
 NOTHING = TokenUsage()
+_MARGIN_TOKENS = 64
 _pack = msgspec.msgpack.Encoder().encode
 
 
