@@ -75,6 +75,7 @@ class Fleet:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "proxy.worker", str(row), str(descriptor), str(self._metrics_path)),
+                str(os.getpid()),
                 pass_fds=[descriptor],
                 env={**os.environ, **more},
             )

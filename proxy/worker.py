@@ -1,7 +1,7 @@
 """One worker process: builds the hot path, serves on an inherited socket, stops in order.
 
-Started by the supervisor as `python -m proxy.worker ROW SOCKET_FD METRICS_PATH`. SIGTERM
-drains it; SIGHUP is for the supervisor, which then replaces it.
+Started by the supervisor as `python -m proxy.worker ROW SOCKET_FD METRICS_PATH PARENT_PID`.
+SIGTERM drains it; SIGHUP is for the supervisor, which then replaces it.
 """
 
 import asyncio
@@ -325,6 +325,10 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     row, descriptor, metrics_path = int(arguments[0]), int(arguments[1]), Path(arguments[2])
+    supervisor = arguments[3:]  # one that was started before an upgrade does not say its own
+    if supervisor and os.getppid() != int(supervisor[0]):  # gone already: no signal will come
+        say("worker ended", why="its supervisor is gone")
+        return 1
     listener = socket.socket(fileno=descriptor)
     try:
         uvloop.run(_main(row, listener, metrics_path))

@@ -16,7 +16,7 @@ from accounting.contract.keyspace import HEARD
 from benchmarks.provider import script_from
 from tests.proxy.ends import DONE, STREAM_END, chat, delta, request, sse, usage_chunk
 from tests.proxy.harness import PROVIDER_KEY, Seeds
-from tests.proxy.host import Host, stream_begun
+from tests.proxy.host import END_SECONDS, ROOT, Host, stream_begun
 from tests.waiting import eventually, eventually_blocking, free_port
 
 # It does not start
@@ -54,6 +54,23 @@ async def test_a_port_shared_with_another_proxy_is_noticed(host: Host) -> None:
         other.listen()
         status, line = await refused(host)
     assert status == 1 and "Address already in use" in line
+
+
+def test_a_worker_whose_supervisor_is_gone_by_its_start_does_not_serve(tmp_path: Path) -> None:
+    """No signal would ever tell it to leave, and it would keep the port from everybody else."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-m", "proxy.worker", "0", str(listener.fileno())]
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        done = subprocess.run(
+            [*command, str(tmp_path / "metrics"), str(gone.pid)],
+            capture_output=True,
+            pass_fds=[listener.fileno()],
+            cwd=ROOT,
+            timeout=END_SECONDS,
+        )
+    assert done.returncode == 1
+    assert json.loads(done.stderr)["why"] == "its supervisor is gone"
 
 
 BROKEN = {
