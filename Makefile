@@ -41,6 +41,7 @@ lint: $(READY) ## Style and types
 	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY) ## Measure Tollgate beside nginx (SCENARIO=rate, cadence, … or all: ten minutes)
+	@$(BIN)/python -m proxy.compiled >/dev/null || true
 	@$(BIN)/python -m benchmarks $(SCENARIO)
 
 clean: ## Remove what was installed or built; the data in .tollgate stays

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from accounting.contract.settings import load
 from benchmarks.measures import NGINX as BASELINE
 from benchmarks.measures import Measurement, Plan, Scenario
 from benchmarks.micro import Timed
 from benchmarks.nginx import nginx_path
+from proxy import compiled
 
 QUOTE_MARK = "<!-- quoted figures -->"
 
@@ -251,12 +253,13 @@ def quoted_row(report: Report, one: Summary) -> str:
 def machine() -> dict[str, str]:
     """What the figures depend on: processor, kernel, interpreter and its build, versions."""
     arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    optimised = "optimised" if "--enable-optimizations" in arguments else "not optimised"
+    optimised = "optimised" if "--enable-optimizations" in arguments else "not declared optimised"
+    form = "compiled" if compiled.environment(load().compiled) else "interpreted"
     nginx = nginx_path()
     return {
         "processor": processor(),
         "kernel": platform.release(),
-        "python": f"CPython {platform.python_version()} ({optimised} build)",
+        "python": f"CPython {platform.python_version()} ({optimised}), hot path {form}",
         "nginx": said_by([nginx, "-v"]) if nginx else "",
         "commit": said_by(["git", "rev-parse", "HEAD"]) if shutil.which("git") else "",
     }
