@@ -32,8 +32,8 @@ test: lint ## The whole test suite, against real Redis and Postgres; the proxy's
 check: lint ## Style, types and the quick tests: seconds
 	@$(BIN)/python -m pytest --ignore=tests/journeys -m "not processes and not stores"
 
-chaos: $(READY) ## Search for faults at random (MINUTES=5; SEED=… begins where one was found)
-	@$(BIN)/python -m tests.fuzz $(MINUTES) $(SEED)
+chaos: $(READY) ## Kill and stop parts of the whole product under load, then fuzz (MINUTES=5; SEED=… again)
+	@$(BIN)/python -m tests.chaos $(MINUTES) $(SEED)
 
 lint: $(READY) ## Style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

@@ -1,0 +1,63 @@
+"""One run of chaos: open, load, strike, heal, come to rest, compare."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from tests.chaos.books import Books
+from tests.chaos.faults import FORGETFUL, schedule
+from tests.chaos.injector import Injector
+from tests.chaos.load import Load, Noted
+from tests.chaos.people import People
+from tests.chaos.site import Site
+
+CLIENTS = 24
+ENDING_SECONDS = 60.0  # for exchanges that are under way, and operators' calls
+
+
+class Run:
+    """See the module; `wrong` is empty when every promise was kept."""
+
+    def __init__(self, folder: Path, seed: int, brief: bool = False) -> None:
+        self.seed = seed
+        self.brief = brief
+        self.seconds = 0.0
+        self.site = Site(folder)
+        self.noted = Noted()
+        self.people = People(self.site, seed)
+        self.injector = Injector(self.site, self.people, self.noted)
+        self.books = Books(self.site, self.people, self.noted)
+
+    @property
+    def wrong(self) -> list[str]:
+        return self.noted.wrong
+
+    async def run(self, seconds: float) -> None:
+        """Chaos for so long, then peace. Raises what stops the run itself."""
+        try:
+            await self.site.open()
+            await self.people.settle_in()
+            await self._under_load(seconds)
+            await self.books.rest()
+            forgot = any(self.injector.struck[kind] for kind in FORGETFUL)
+            await self.books.compare(forgot)
+        finally:
+            await self.site.close()
+
+    async def _under_load(self, seconds: float) -> None:
+        began = time.monotonic()
+        meddled, struck, left, watched = (asyncio.Event() for _ in range(4))
+        load = Load(self.site, self.people, self.noted, self.seed, CLIENTS)
+        asyncio.get_running_loop().call_later(seconds, struck.set)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.books.watch(watched))
+            loading = group.create_task(load.run(left))
+            meddling = group.create_task(self.people.meddle(meddled))
+            try:
+                await self.injector.run(schedule(self.seed, self.brief), struck)
+            finally:
+                for event in (meddled, left):
+                    event.set()
+                await asyncio.wait([loading, meddling], timeout=ENDING_SECONDS)
+                watched.set()
+        self.seconds = time.monotonic() - began
