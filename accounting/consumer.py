@@ -96,7 +96,7 @@ class Consumer:
             try:
                 await self._session()
             except _LOST as error:
-                self._counters.outages += self._states.lost(error)
+                self._counters.outages += self._states.lost(error, self)
                 await self._pause()
             finally:
                 self._own_count(0)
@@ -137,7 +137,7 @@ class Consumer:
                 await stream.own(await locks.share())
                 await stream.look_behind()
                 self._own_count(len(locks.held))
-                self._states.answered({POSTGRES, REDIS})
+                self._states.answered({POSTGRES, REDIS}, self)
                 self._failures = 0
                 soon = _SHARE_SOON_SECONDS if locks.short else _SHARE_SECONDS
                 share_again_at = time.monotonic() + soon

@@ -25,7 +25,7 @@ from accounting.contract.settings import Settings
 from accounting.counters import Counters
 from accounting.metrics import MetricsServer
 from accounting.reckoning import RestlessError
-from accounting.store_states import POSTGRES, REDIS, StoreStates
+from accounting.store_states import POSTGRES, REDIS, StoreStates, store_of
 from accounting.stores import OUTAGES, open_postgres, open_redis
 
 _CONSUMERS = 2  # one decodes while Postgres works for the other
@@ -124,6 +124,7 @@ class Chores:
     async def run(self) -> None:
         """Go round until stopped. Raises what is neither an outage nor a known trouble."""
         while not self._stopping.is_set():
+            silent = set()
             for chore in (
                 self._partitions,
                 self._rebuild,
@@ -132,11 +133,13 @@ class Chores:
                 self._withdrawals,
                 self._reap,
             ):
-                await self._do(chore)
+                silent.add(await self._do(chore))
+            self._states.answered({POSTGRES, REDIS} - silent, self)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _CHORES_SECONDS)
 
-    async def _do(self, chore: Callable[[], Awaitable[Any]]) -> None:
+    async def _do(self, chore: Callable[[], Awaitable[Any]]) -> str:
+        """The store that did not answer, if any."""
         name = chore.__name__.strip("_")
         try:
             await chore()
@@ -145,9 +148,11 @@ class Chores:
                 _log.error("%s: %s", name, error)
             self._trouble.add(name)
         except (*OUTAGES, RedisError) as error:
-            self._counters.outages += self._states.lost(error)
+            self._counters.outages += self._states.lost(error, self)
+            return store_of(error)
         else:
             self._trouble.discard(name)
+        return ""
 
     async def _partitions(self) -> None:
         """Those of the coming days."""
@@ -164,7 +169,6 @@ class Chores:
     async def _deltas(self) -> None:
         """Those that did not reach Redis at once."""
         self._counters.deltas += await deltas.apply_pending(self._pool, self._redis)
-        self._states.answered({POSTGRES, REDIS})
 
     async def _expiry(self) -> None:
         """What is left of grants past their time."""

@@ -27,7 +27,8 @@ OnReply = Callable[[Any], None]
 pack = cast("Callable[[tuple[object, ...]], bytes]", hiredis.pack_command)
 _LOADS = [("SCRIPT", "LOAD", script.source) for script in SCRIPTS.values()]
 _FIRST_RETRY_SECONDS = 0.05
-_LAST_RETRY_SECONDS = 1.0
+_LEAST_PATIENCE_SECONDS = 0.001
+_LAST_RETRY_SECONDS = 0.5
 
 
 class RedisDown(Exception):
@@ -167,7 +168,7 @@ class RedisPipe(asyncio.Protocol):
         while True:
             while self.up:
                 try:
-                    await asyncio.wait_for(self._lost.wait(), self._timeout / 4)
+                    await asyncio.wait_for(self._lost.wait(), self._patience_left())
                 except TimeoutError:
                     await self._check_oldest()
             pause = _FIRST_RETRY_SECONDS
@@ -177,6 +178,13 @@ class RedisPipe(asyncio.Protocol):
                 except (OSError, TimeoutError):
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LAST_RETRY_SECONDS)
+
+    def _patience_left(self) -> float:
+        """Until the oldest command can be late; one sent meanwhile is not late before."""
+        if not self._waiting:
+            return self._timeout
+        left = self._waiting[0][0] + self._timeout - self._loop.time()
+        return max(_LEAST_PATIENCE_SECONDS, left)
 
     async def _check_oldest(self) -> None:
         if self._late:

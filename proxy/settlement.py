@@ -225,8 +225,10 @@ class Settlement:
 
     def _refused(self, queue: _Shard, error: hiredis.ReplyError) -> None:
         """By now or for good: what is for good must not block its shard."""
-        self._on_trouble(f"settle of shard {queue.shard} refused: {error}")
-        if queue.late or str(error).startswith(_PASSING):
+        passing = str(error).startswith(_PASSING)
+        where = "" if passing else f"shard {queue.shard}: "  # what passes, all shards will tell
+        self._on_trouble(f"{where}{error}")
+        if queue.late or passing:
             return
         queue.refusals += 1
         queue.late = is_fenced(error) or queue.refusals >= _REFUSALS

@@ -71,7 +71,7 @@ class Worker:
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._kept: dict[str, str] = {}  # journals that could not be replayed, and why
-        self._refused = ""  # why Redis last refused a settle
+        self._refused: set[str] = set()  # why Redis refuses settles
         self._late = 0  # settles told late, as counted before
         self._journals = journal_folder(settings)
         self._journals.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -222,6 +222,8 @@ class Worker:
             counters.set("tollgate_settles_unacknowledged", services.settlement.unacknowledged)
             counters.add("tollgate_settles_late", services.settlement.late - self._late)
             self._late = services.settlement.late
+            if not services.settlement.unacknowledged:
+                self._refused.clear()
             counters.set("tollgate_journal_slots_used", services.journal.used)
 
     async def _give_back_unused(self) -> None:
@@ -298,8 +300,8 @@ class Worker:
 
     def _settle_refused(self, why: str) -> None:
         self._counters.add("tollgate_settle_refusals")
-        if why != self._refused:
-            self._refused = why
+        if why not in self._refused:
+            self._refused.add(why)
             say("settle refused", why=why)
 
     def _distrusted(self, provider: str, why: str, trusted_before: bool) -> None:

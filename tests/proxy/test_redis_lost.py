@@ -135,7 +135,7 @@ class City:
         self.charged += round(events[-2]["credits_used"] * 1_000_000)
 
     async def serves_again(self) -> None:
-        """The gate has opened; refused until then with 503, never 401."""
+        """The gate of every worker has opened; refused until then with 503, never 401."""
 
         async def served() -> bool:
             answer = await self.host.ask(self.secret.reveal(), chat())
@@ -146,6 +146,7 @@ class City:
 
         await eventually(lambda: self.redis.exists(keyspace.EPOCH), SOON)
         await eventually(served, SOON)
+        await self.host.until_ready()  # the other worker's gate as well
 
     # What is left
 
