@@ -180,7 +180,7 @@ class FrontDoor:
     def write(self, data: bytes) -> None:
         """Written at the end of the loop turn, with all that this turn adds."""
         if not self._outgoing:
-            self._services.loop.call_soon(self._flush)
+            self._services.turn_end.add(self._flush)
         self._outgoing.append(data)
 
     def write_now(self, data: bytes) -> None:

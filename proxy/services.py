@@ -12,6 +12,7 @@ from proxy.metrics import Counters
 from proxy.request_ids import RequestIds
 from proxy.routing import Routing
 from proxy.settlement import Settlement
+from proxy.turn_end import TurnEnd
 from proxy.upstream import Upstreams
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Services:
     __slots__ = (
         "aiohttp_lane", "connections", "counters", "draining", "exchanges", "gate_open", "journal",
         "keys", "leases", "loop", "now", "request_ids", "routing", "settings", "settlement",
-        "upstreams",
+        "turn_end", "upstreams",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +48,7 @@ class Services:
     ) -> None:
         self.settings = settings
         self.loop = loop
+        self.turn_end = TurnEnd(loop)
         self.now = now
         self.request_ids = request_ids
         self.keys = keys

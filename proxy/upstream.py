@@ -24,6 +24,7 @@ from typing import Any, cast
 from accounting.contract.catalogue import Provider
 from accounting.contract.errors import Failure, ProviderUnreachable, Unavailable
 from accounting.contract.settings import Settings
+from proxy.turn_end import TurnEnd
 from proxy.upstream_connection import UpstreamConnection, UpstreamUser
 from proxy.upstream_tls import ResumingContext, context_of, reason_of
 
@@ -63,6 +64,7 @@ class ProviderPool:
         self._resolve = resolve
         self._distrusted = distrusted
         self._loop = asyncio.get_running_loop()
+        self.turn_end = TurnEnd(self._loop)
         self._idle: dict[UpstreamConnection, None] = {}  # the longest idle first
         self._waiting: deque[UpstreamUser] = deque()
         self._dialling: dict[UpstreamUser, asyncio.Task[None]] = {}

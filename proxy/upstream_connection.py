@@ -44,15 +44,16 @@ class UpstreamConnection:
     asyncio.Protocol by its shape."""
 
     __slots__ = (
-        "_complete", "_headers", "_keep", "_mute", "_parser", "_paused", "_pieces", "_pool",
-        "_status", "_transport", "_until_close", "address", "expires_at", "heard", "idle_since",
-        "releasing", "reused", "user",
+        "_complete", "_headers", "_keep", "_mute", "_outgoing", "_parser", "_paused", "_pieces",
+        "_pool", "_status", "_transport", "_until_close", "address", "expires_at", "heard",
+        "idle_since", "releasing", "reused", "user",
     )  # fmt: skip
 
     def __init__(self, pool: "ProviderPool") -> None:
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)  # for one answer after another
         self._transport: asyncio.Transport | None = None
+        self._outgoing: list[bytes] = []
         self._paused = False
         self.user: UpstreamUser | None = None
         self.address = ""
@@ -78,12 +79,13 @@ class UpstreamConnection:
     def send(self, head: bytes, body: bytes) -> None:
         """Written at the end of the loop turn, beside those of other connections: waking the
         provider once for many costs a fifth less CPU than once for each (see ARCHITECTURE)."""
-        assert self._transport is not None
-        asyncio.get_running_loop().call_soon(self._send_now, head, body)
+        self._outgoing = [head, body]
+        self._pool.turn_end.add(self._send_now)
 
-    def _send_now(self, head: bytes, body: bytes) -> None:
-        if self.usable and self._transport is not None:
-            self._transport.writelines([head, body])
+    def _send_now(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        if outgoing and self.usable and self._transport is not None:
+            self._transport.writelines(outgoing)
 
     def pause(self) -> None:
         if self._transport is not None:

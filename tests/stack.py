@@ -102,11 +102,18 @@ class Stack:
 
     def leftovers(self) -> list[str]:
         """Its processes of the last stock-taking that still run."""
-        alive = (process for process in self.processes if process.is_running())
-        return [str(process) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return [str(process) for process in self.processes if is_alive(process)]
 
     def close(self) -> None:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.terminate()
             self._process.communicate(timeout=_END_TIMEOUT_SECONDS)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one may end, and be reaped, while it is being asked."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -19,6 +19,7 @@ from benchmarks.provider import StandInProvider
 from tests.contract.store import Store
 from tests.proxy.ends import STREAM_HEAD, Answer, Client, Provider, chat, delta, request, sse
 from tests.proxy.harness import CATALOGUE, MODELS, PROVIDER_KEY, Oracle, Seeds, described
+from tests.stack import is_alive
 from tests.waiting import eventually, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,7 @@ class Host:
         return [
             one
             for one in psutil.Process(self.process.pid).children(recursive=True)
-            if one.status() != psutil.STATUS_ZOMBIE
+            if is_alive(one)
         ]
 
     def log(self, event: str) -> list[dict[str, Any]]:
