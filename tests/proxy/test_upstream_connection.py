@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from proxy.turn_end import TurnEnd
 from proxy.upstream_connection import UpstreamConnection
 from tests.proxy.ends import STREAM_END, STREAM_HEAD, http, sse
 
@@ -56,6 +57,7 @@ class Use:
         self.kept = 0
         self.learnt = 0
         self.pause = pause
+        self.turn_end: TurnEnd | None = None
         self.connection = UpstreamConnection(self)  # type: ignore[arg-type]
         self.connection.connection_made(self.wire)
         self.take()
@@ -254,6 +256,7 @@ def test_a_long_stream_of_small_blocks_is_not_taken_for_mute() -> None:
 async def test_an_answer_before_its_request_was_sent_out_ends_the_connection() -> None:
     """What is still unsent would go before the next request."""
     use = Use()
+    use.turn_end = TurnEnd(asyncio.get_running_loop())
     use.connection.send(b"head", b"body")
     use.wire.unsent = 1
     use.says(http(413, BODY))
