@@ -22,7 +22,7 @@ MODULES = (
     "admission", "answer", "bill", "chunked", "cooldown", "exchange", "front_door", "http_head",
     "journal", "key_lease", "keys", "leases", "patience", "provider_usage", "relay",
     "repeated_head", "replies", "request_head", "request_ids", "request_reader", "routing",
-    "services", "settlement", "sse", "turn_end","upstream", "upstream_connection",
+    "services", "settlement", "sse", "turn_end", "usage_scanner","upstream", "upstream_connection",
 )  # fmt: skip
 _SOURCES = Path(__file__).parents[1]
 _FOLDERS = Path(sys.prefix) / "lib" / "tollgate-compiled"

@@ -6,14 +6,14 @@ searches, unless one of them hits.
 """
 
 import re
-from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from accounting.contract.usage_event import TokenUsage
 from proxy.provider_usage import estimate_output, is_beyond, token_usage
 from proxy.sse import EventSplitter, each_event, event_data
+from proxy.stream_shapes import Choice, Chunk, ChunkError, Delta
 
 _USAGE_VALUE = re.compile(rb'"usage"(?!\s*:\s*null)')
 # `,"usage":null` cannot be part of a text: a quote in JSON text has a backslash before it.
@@ -27,32 +27,10 @@ _LARGE = 16_384  # bytes; of a larger block no more is kept
 _BYTES_PER_HOP = 512
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
-
-class _Chunk(Struct):
-    id: Any = None
-    created: Any = None
-    model: Any = None
-    choices: Raw = Raw()
-    usage: Raw = Raw()
-    error: Raw = Raw()
-
-
-class _Choice(Struct):
-    delta: Raw = Raw()
-
-
-class _Delta(Struct):
-    content: Any = None
-
-
-class _Error(Struct):
-    message: str | None = None
-
-
-_chunks = msgspec.json.Decoder(_Chunk)
-_choices = msgspec.json.Decoder(list[_Choice])
-_deltas = msgspec.json.Decoder(_Delta)
-_errors = msgspec.json.Decoder(_Error)
+_chunks = msgspec.json.Decoder(Chunk)
+_choices = msgspec.json.Decoder(list[Choice])
+_deltas = msgspec.json.Decoder(Delta)
+_errors = msgspec.json.Decoder(ChunkError)
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _NULL = Raw(b"null")
 _NO_USAGE = (b"", b"null")
@@ -87,7 +65,7 @@ class StreamScanner:
         self.enough = UNBOUNDED
         self.events = 0
         self.relayed_bytes = 0
-        self.chunk_head: _Chunk | None = None
+        self.chunk_head: Chunk | None = None
         self.usage: TokenUsage | None = None
         self.usage_raw = b""
         self.done = False
@@ -234,12 +212,12 @@ def _without_content(event: bytes, choices: bytes) -> tuple[int, bool]:
     return len(event) - len(delta) + len(b'{"content":""}'), content
 
 
-def _has_choices(chunk: _Chunk) -> bool:
+def _has_choices(chunk: Chunk) -> bool:
     choices = bytes(chunk.choices)
     return choices not in (b"", b"null") and not _EMPTY_LIST.fullmatch(choices)
 
 
-def _decode(data: bytes | None) -> _Chunk | None:
+def _decode(data: bytes | None) -> Chunk | None:
     if not data:
         return None
     try:
