@@ -132,11 +132,12 @@ class Leases:
         else:
             lease.calling = False
             lease.right_until = 0.0
-            if isinstance(reply, Exception):
+            lost = isinstance(reply, Exception)
+            if lost:
                 lease.used += used
-            if lease.give_up_unused() or lease.used:
+            if lease.give_up_unused() or lease.used or lost:  # it may have granted: nobody knows
                 lease.owes = True
-                self._hot.add(lease)  # tell Redis at once, or from time to time until it is back
+                self._hot.add(lease)  # tell Redis at once, or as soon as it is back
             if reply == _UNKNOWN:
                 self._ask_epoch(asks)
             elif reply == _STALE:
@@ -255,6 +256,13 @@ class Leases:
             else:
                 self._call(lease, giving_back=True)
 
+    def tell(self, lease: KeyLease) -> None:
+        """Tell Redis what is held under this key: it holds more than that."""
+        if lease.calling:
+            lease.owes = True
+        elif self._leases.get(lease.key_id) is lease:
+            self._call(lease, giving_back=True)
+
     @property
     def calling(self) -> bool:
         """Some key's call is under way."""
@@ -268,6 +276,8 @@ class Leases:
     def release_unused(self) -> None:
         """About ten times a second: give back what nobody has asked for since the last time,
         and tell of what was used: to Redis it is unused, and past its deadline anyone's."""
+        if not self._pipe.up:
+            return  # nobody can be told
         now = self._clock()
         for lease in list(self._hot):
             if lease.quiet or now >= lease.right_until:

@@ -122,7 +122,9 @@ class Settlement:
         batch_limit: int,
         on_trouble: Callable[[str], None],
         tail: Tail | None = None,
+        on_late: Callable[[KeyLease], None] | None = None,
     ) -> None:
+        """`on_late` gets each lease whose holds were told late: Redis still has them in it."""
         self._pipe = pipe
         self._journal = journal
         self._boot = boot
@@ -130,6 +132,7 @@ class Settlement:
         self._batch_limit = batch_limit
         self._on_trouble = on_trouble
         self._tail = tail
+        self._on_late = on_late
         self._suspended = False
         self._loop = asyncio.get_running_loop()
         self._shards: dict[int, _Shard] = {}
@@ -233,10 +236,17 @@ class Settlement:
         queue.refusals += 1
         queue.late = is_fenced(error) or queue.refusals >= _REFUSALS
 
+    def _tell_holders(self, batch: list[_Waiting]) -> None:
+        if self._on_late is not None:
+            for lease in {one.lease for one in batch}:
+                if lease is not None:
+                    self._on_late(lease)
+
     def _acknowledged(self, queue: _Shard) -> None:
         batch, queue.batch = queue.batch, []
         if queue.late:
             self.late += len(batch)
+            self._tell_holders(batch)
         if self._tail is not None:
             self._tail.add(queue.shard, queue.number, queue.events)
         queue.late, queue.refusals = False, 0

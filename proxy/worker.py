@@ -98,6 +98,7 @@ class Worker:
         self._tail = Tail(self._journals / f"{self._boot}.tail")  # second: it is no stray
         keys = Keys(pipe, settings.key_cache_entries, settings.key_cache_seconds, now)
         upstreams = Upstreams(settings, self._distrusted)
+        leases = Leases(pipe, self._boot)
         routing = Routing(
             catalogue.load(settings.catalogue, os.environ, settings.sandbox),
             upstreams,
@@ -116,7 +117,7 @@ class Worker:
             now=now,
             request_ids=RequestIds(),
             keys=keys,
-            leases=Leases(pipe, self._boot),
+            leases=leases,
             routing=routing,
             upstreams=upstreams,
             journal=journal,
@@ -128,6 +129,7 @@ class Worker:
                 settings.settle_batch,
                 self._settle_refused,
                 self._tail,
+                leases.tell,
             ),
             counters=self._counters,
             aiohttp_lane=AiohttpLane(settings, keys, routing),

@@ -171,6 +171,8 @@ class _AtOnce:
 class Wire:
     """A worker's connection to Redis."""
 
+    up = True
+
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self.sent: deque[tuple[bytes, Callable[[Any], None]]] = deque()

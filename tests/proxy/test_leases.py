@@ -213,6 +213,22 @@ async def test_a_lost_reply_is_unavailable_and_corrected_by_the_next_call(
     assert store.snapshot(WS).leases == {f"{BOOT}:{KEY}": LeaseRecord(100, 5, 1)}
 
 
+async def test_what_nobody_knows_to_be_held_is_given_back_unasked(
+    store: Store, between: Between, desk: Desk
+) -> None:
+    """No request may come under that key for long: as soon as Redis is back."""
+    store.fund(WS, 100)
+    between.silent = True
+    assert isinstance(await desk.answer(60), Unavailable)
+    await eventually(lambda: store.wallet(WS).held == 60)
+    desk.leases.release_unused()  # nobody can be told yet
+    between.silent = False
+    between.cut()
+    await eventually(lambda: desk.leases._pipe.up)
+    desk.leases.release_unused()
+    await eventually(lambda: store.wallet(WS).held == 0)
+
+
 async def test_what_is_in_flight_survives_a_lost_reply(
     store: Store, between: Between, desk: Desk
 ) -> None:

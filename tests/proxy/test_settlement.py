@@ -87,10 +87,10 @@ class Till:
         self.pipe = pipe
         self.journal = Journal(folder / f"{BOOT}.journal", 64)
         self.trouble: list[str] = []
-        self.settlement = Settlement(
-            pipe, self.journal, BOOT, 0.001, BATCH, self.trouble.append, tail
-        )
         self.leases = Leases(pipe, BOOT, lambda: 0.0)
+        self.settlement = Settlement(
+            pipe, self.journal, BOOT, 0.001, BATCH, self.trouble.append, tail, self.leases.tell
+        )
         self._number = 0
 
     async def hold(self, credits: int = 10, workspace: str = WS) -> tuple[KeyLease, object]:
@@ -442,6 +442,25 @@ async def test_a_batch_sent_to_another_redis_is_told_late_unless_this_one_knows_
     await till.drained()
     assert late(store) == ([] if settled else [1])
     assert store.wallet(WS).balance == 94
+
+
+async def test_a_hold_whose_charge_is_told_late_is_given_back_at_once(
+    store: Store, between: Between, till: Till
+) -> None:
+    """Nobody may ask under its key for long: the worker tells unasked."""
+    store.fund(WS, 100)
+    lease, hold = await till.hold()
+    assert isinstance(hold, Hold) and store.wallet(WS).held == 10
+    between.silent = True
+    till.submit(lease=lease)
+    await eventually(lambda: not till.pipe.up)
+    till.settlement.suspend()
+    between.silent = False
+    await eventually(lambda: till.pipe.up)
+    till.settlement.hand_over({})
+    till.settlement.resume()
+    await till.drained()
+    await eventually(lambda: store.wallet(WS).held == 0)
 
 
 async def test_what_is_acknowledged_is_in_the_tail(
