@@ -34,6 +34,7 @@ _BATCH = 256
 _TOLD_AT_ONCE = 64
 _FENCE_KEPT_MS = 3_600_000  # longer than a command of a dead worker can be on its way
 _FENCE, _RETIRE, _DEPART = (SCRIPTS[name].digest for name in ("fence", "retire", "depart"))
+_YOUNG_MS = 5_000  # longer than workers take to find that Redis was emptied
 _UNKNOWN = -1  # the last batch of a boot that is fenced
 
 
@@ -174,18 +175,23 @@ async def replay_stray(path: Path, pipe: RedisPipe) -> None:
 
 
 async def _tell_lost(pipe: RedisPipe, boot: str, tail: Path, last: dict[int, int]) -> None:
-    """What Redis had acknowledged and does not know any more; with a fence it knows all before."""
-    lost: list[Record] = []
-    for record in left_behind(tail):
-        known = last.get(record.shard, 0)
-        if known != _UNKNOWN and record.number > known:
-            lost.append(record)
+    """What Redis had acknowledged and does not know any more."""
+    lost = await lost_of(pipe, left_behind(tail), last)
     for start in range(0, len(lost), _TOLD_AT_ONCE):
         commands = [
             late_command(one.shard, boot, one.number, one.events)
             for one in lost[start : start + _TOLD_AT_ONCE]
         ]
         await all_of([pipe.call(command) for command in commands])
+
+
+async def lost_of(pipe: RedisPipe, told: list[Record], last: dict[int, int]) -> list[Record]:
+    """Of what Redis had acknowledged, what it may not know any more; with a fence it knows all
+    before. One that was emptied under its workers has taken batches since: so their numbers say
+    nothing of those before, for as long as it is young."""
+    if int(await pipe.command("HGET", keyspace.CLOCK, "ms") or 0) < _YOUNG_MS:
+        return told
+    return [one for one in told if _UNKNOWN < last.get(one.shard, 0) < one.number]
 
 
 def _settle_of(entry: Entry) -> Settle:

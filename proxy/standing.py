@@ -23,7 +23,7 @@ from accounting.contract import keyspace
 from accounting.contract.scripts import SCRIPTS
 from accounting.contract.settings import SHARDS
 from proxy.redis_pipe import RedisDown, RedisPipe, pack
-from proxy.replay import all_of, last_numbers
+from proxy.replay import all_of, last_numbers, lost_of
 from proxy.services import Services
 from proxy.settlement import late_command
 from proxy.tail import Tail
@@ -147,7 +147,7 @@ class Standing:
         settlement.suspend()
         last = await last_numbers(self._pipe, self._boot)
         settlement.hand_over(last)
-        lost = [one for one in self._tail.records() if one.number > last.get(one.shard, 0)]
+        lost = await lost_of(self._pipe, self._tail.records(), last)
         for start in range(0, len(lost), _AT_ONCE):
             calls = [
                 self._pipe.call(late_command(one.shard, self._boot, one.number, one.events))

@@ -265,6 +265,21 @@ async def test_emptied_it_is_filled_and_told_the_rest(city: City, how: str) -> N
     await city.settled()
 
 
+async def test_emptied_before_a_settle_it_is_told_what_came_before(city: City) -> None:
+    """A worker settles into the empty Redis before it has found it so: the number of that batch
+    says nothing of those that came before."""
+    await city.serve(3)
+    stream = await city.stream()
+    await city.stop_accounting()
+    await city.serve(8)
+    await city.held()  # all of it settled
+    await city.redis.flushall()
+    await city.finish(*stream)
+    await city.start_accounting()
+    await city.serves_again()
+    await city.settled()
+
+
 @pytest.mark.parametrize("orderly", [False, True], ids=["killed", "stopped"])
 async def test_rolled_back_with_its_workers_gone_the_tails_are_told(
     city: City, orderly: bool
