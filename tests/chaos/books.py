@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from accounting.contract import keyspace
 from accounting.contract.keyspace import Wallet
 from accounting.contract.money import format_credits
-from benchmarks.product import is_posted
+from accounting.contract.settings import SHARDS
 from tests.chaos.load import Exchange, Noted
 from tests.chaos.people import People
 from tests.chaos.site import ROOT, WORKERS, Site
@@ -125,8 +125,8 @@ class Books:
             return f"{len(journals)} journals of {WORKERS} workers"
         try:
             async with Redis.from_url(self._site.redis_url) as redis:
-                if not await is_posted(redis):
-                    return "the streams are not posted"
+                if waiting := await unposted(redis):
+                    return f"not posted: {waiting}"
                 holding = {w: one for w, one in (await self._wallets(redis)).items() if one.held}
         except (OSError, RedisError) as error:
             return repr(error)
@@ -229,6 +229,21 @@ class Books:
         quarantined = await connection.fetchval("select count(*) from quarantine")
         if quarantined:
             self._wrong(f"{quarantined} entries are in quarantine")
+
+
+async def unposted(redis: Redis) -> list[str]:
+    """Of each stream that is not posted to its end, what is pending, or comes next."""
+    found = []
+    for shard in range(SHARDS):
+        key = keyspace.stream_key(shard)
+        if not await redis.exists(key):
+            continue
+        for group in await redis.xinfo_groups(key):
+            after = group["last-delivered-id"].decode()
+            following = await redis.xrange(key, f"({after}", "+", 1)
+            if group["pending"] or following:
+                found.append(f"shard {shard}: {group['pending']} pending, then {following}"[:200])
+    return found
 
 
 def shown(one: Exchange) -> str:

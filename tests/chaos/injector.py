@@ -8,7 +8,6 @@ promised; all others may overlap.
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import time
 from collections import Counter, defaultdict
@@ -20,8 +19,10 @@ import asyncpg
 import httptools
 import psutil
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from tests.chaos.faults import Fault
+from accounting.contract import keyspace
+from tests.chaos.faults import FORGETFUL, Fault
 from tests.chaos.load import PATH, Exchange, Noted
 from tests.chaos.people import People
 from tests.chaos.site import LOOK_SECONDS, Site
@@ -46,7 +47,8 @@ class Injector:
         self._people = people
         self._noted = noted
         self._began = time.monotonic()
-        self._sizes: list[tuple[float, Path, int]] = []  # of Redis's file, when
+        self._sizes: list[tuple[float, int]] = []  # of Redis's file, when
+        self.lost_bytes = 0  # of that file
         self._under_way: set[asyncio.Task[None]] = set()
         self._redis_lock, self._postgres_lock = asyncio.Lock(), asyncio.Lock()
         self._deeds: dict[str, Callable[[Fault], Awaitable[None]]] = {
@@ -103,11 +105,14 @@ class Injector:
         self.struck[fault.kind] += 1
         at = f"{time.monotonic() - self._began:.2f} s: {fault.kind}"
         self.story.append(f"{at} (size {fault.size:.2f}, which {fault.which:.2f})")
+        epoch = await self._epoch() if fault.kind in FORGETFUL else ""
         try:
             await self._deeds[fault.kind](fault)
         except psutil.NoSuchProcess:  # another fault was faster
             self.story.append(f"{at}: nobody there")
         healed = time.monotonic()
+        if fault.kind in FORGETFUL:  # a worker may not have noticed yet, and admit on a lease
+            await self._until(lambda: self._is_filled_anew(epoch), fault)
         served = await self._until(self._is_served, fault)
         posted = await self._until(self._is_posted, fault)
         self.recoveries[fault.kind].append((served - healed, posted - healed))
@@ -117,12 +122,23 @@ class Injector:
         try:
             await eventually(condition, RECOVERY_SECONDS)
         except AssertionError:
-            text = f"no recovery within {RECOVERY_SECONDS:.0f} s of {fault}: {condition.__name__}"
+            text = f"no recovery within {RECOVERY_SECONDS:.0f} s of {fault}"
             self._noted.wrong.append(text)
             raise
         return time.monotonic()
 
     # Is all well again?
+
+    async def _epoch(self) -> str:
+        async with Redis.from_url(self._site.redis_url) as redis:
+            found: Any = await redis.get(keyspace.EPOCH)
+            return found.decode() if found else ""
+
+    async def _is_filled_anew(self, before: str) -> bool:
+        try:
+            return await self._epoch() not in ("", before)
+        except (OSError, RedisError):
+            return False
 
     async def _is_served(self) -> bool:
         """Every worker admits, and a request is answered."""
@@ -215,15 +231,14 @@ class Injector:
         """How long it was, lately."""
         while True:
             now = time.monotonic()
-            for path in self._redis_folder.glob("*.incr.aof"):
-                with contextlib.suppress(FileNotFoundError):
-                    self._sizes.append((now, path, path.stat().st_size))
+            with contextlib.suppress(FileNotFoundError):
+                self._sizes.append((now, self._redis_file.stat().st_size))
             self._sizes = [one for one in self._sizes if one[0] > now - 2 * LOST_SECONDS]
             await asyncio.sleep(0.02)
 
     @property
-    def _redis_folder(self) -> Path:
-        return self._site.data_dir / "redis" / "appendonlydir"
+    def _redis_file(self) -> Path:
+        return self._site.data_dir / "redis" / "appendonly.aof"
 
     async def _end_redis(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -244,15 +259,15 @@ class Injector:
 
     def _cut_redis_file(self, lost_after: float) -> None:
         """To what was in it then: between two writes or in the middle of one."""
-        for path in self._redis_folder.glob("*.incr.aof"):
-            then = [size for at, which, size in self._sizes if which == path and at <= lost_after]
-            if then:
-                os.truncate(path, max(then))
+        size = self._redis_file.stat().st_size
+        kept = max((size for at, size in self._sizes if at <= lost_after), default=size)
+        self.lost_bytes += size - kept
+        os.truncate(self._redis_file, kept)
 
     async def _empty_redis(self, fault: Fault) -> None:
         async with self._redis_lock:
             await self._end_redis()
-            shutil.rmtree(self._redis_folder)
+            self._redis_file.unlink()
             await self._site.start_redis()
 
     async def _flush_redis(self, fault: Fault) -> None:

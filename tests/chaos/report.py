@@ -24,6 +24,7 @@ def lines(run: Run) -> Iterator[str]:
     for kind in sorted(injector.struck):
         taken = figures(injector.recoveries.get(kind, []))
         yield f"    {kind:30}{injector.struck[kind]:4}  {taken}"
+    yield f"  Redis lost {injector.lost_bytes} bytes of its file"
     yield f"  wallets looked at {books.samples} times, the lowest {books.lowest_ucr} µcr"
     charged, said = format_credits(books.charged_ucr), format_credits(books.told_ucr)
     yield f"  charged {charged} credits; of that clients read {said}, request by request"

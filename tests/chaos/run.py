@@ -49,15 +49,24 @@ class Run:
         meddled, struck, left, watched = (asyncio.Event() for _ in range(4))
         load = Load(self.site, self.people, self.noted, self.seed, CLIENTS)
         asyncio.get_running_loop().call_later(seconds, struck.set)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.books.watch(watched))
-            loading = group.create_task(load.run(left))
-            meddling = group.create_task(self.people.meddle(meddled))
-            try:
-                await self.injector.run(schedule(self.seed, self.brief), struck)
-            finally:
-                for event in (meddled, left):
+        tasks = [
+            asyncio.create_task(self.books.watch(watched)),
+            asyncio.create_task(load.run(left)),
+            asyncio.create_task(self.people.meddle(meddled)),
+        ]
+        striking = asyncio.create_task(self.injector.run(schedule(self.seed, self.brief), struck))
+        try:
+            await asyncio.wait([striking, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if striking.done():
+                await striking
+                for event in (meddled, left, watched):
                     event.set()
-                await asyncio.wait([loading, meddling], timeout=ENDING_SECONDS)
-                watched.set()
+                await asyncio.wait(tasks, timeout=ENDING_SECONDS)
+        finally:
+            for task in (striking, *tasks):
+                task.cancel()
+            ended = await asyncio.gather(striking, *tasks, return_exceptions=True)
+        for problem in ended:
+            if isinstance(problem, Exception):  # not one that was cancelled, for another's sake
+                raise problem
         self.seconds = time.monotonic() - began

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import httptools
 
-SMALL_READ_BYTES = 64
+READ_BYTES, SMALL_READ_BYTES, SLOW_READS = 65536, 64, 300
 
 
 class Answer:
@@ -70,16 +70,18 @@ class Wire:
         self._writer.write(data)
 
     async def read_into(self, answer: Answer, dice: random.Random | None = None) -> None:
-        """Until the answer is complete or the connection ends; slowly, if dice are given.
+        """Until the answer is complete or the connection ends; with dice slowly, for a while.
 
         Raises OSError when the connection is reset.
         """
+        slowly = SLOW_READS if dice else 0
         while not answer.complete:
-            data = await self._reader.read(SMALL_READ_BYTES if dice else 65536)
+            data = await self._reader.read(SMALL_READ_BYTES if slowly else READ_BYTES)
             if not data:
                 return
             answer.feed(data)
-            if dice:
+            if dice and slowly:
+                slowly -= 1
                 await asyncio.sleep(dice.uniform(0, 0.02))
 
     def leave(self, abruptly: bool = False) -> None:
