@@ -9,6 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import httptools
@@ -20,7 +21,7 @@ from tests.chaos.wire import Answer, ask, request
 
 CALL_SECONDS = 5.0
 AGAIN_SECONDS = 0.09
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 90.0  # a claim whose process died is taken over after a minute
 
 
 class Kind(NamedTuple):
@@ -75,6 +76,10 @@ class CallError(Exception):
     """An operator's call was refused, or not acknowledged in time."""
 
 
+class Unacknowledged(CallError):
+    """The run was over before a call was acknowledged: it may have been carried out."""
+
+
 class People:
     """See the module."""
 
@@ -82,12 +87,14 @@ class People:
         self.living: list[Person] = []
         self.known: list[Person] = []
         self.granted: dict[str, tuple[str, int]] = {}  # by grant: workspace, µcr
+        self.uncertain: list[tuple[str, int]] = []  # grants that were never acknowledged
         self.done: Counter[str] = Counter()
         self._site = site
         self._dice = random.Random(f"{seed} people")
         self._calls = 0
         self._seed = seed
         self._suspended_at: float | None = None
+        self._over = asyncio.Event()
 
     def one(self, dice: random.Random) -> Person:
         return dice.choices(self.living, [one.weight for one in self.living])[0]
@@ -116,7 +123,11 @@ class People:
     async def grant(self, workspace_id: str, amount_ucr: int, expires_at: str | None = None) -> str:
         kind = self._dice.choice(["trial", "promo", "plan", "rollover", "topup"])
         body = {"kind": kind, "amount_usd": format_usd(amount_ucr), "expires_at": expires_at}
-        made = await self.operator("POST", f"/workspaces/{workspace_id}/grants", body)
+        try:
+            made = await self.operator("POST", f"/workspaces/{workspace_id}/grants", body)
+        except Unacknowledged:
+            self.uncertain.append((workspace_id, amount_ucr))
+            raise
         self.granted[made["grant_id"]] = (workspace_id, amount_ucr)
         return str(made["grant_id"])
 
@@ -147,21 +158,33 @@ class People:
                 last = repr(error)
             if time.monotonic() > deadline:
                 raise CallError(f"{method} {path} is not acknowledged: {last}")
+            if self._over.is_set():
+                raise Unacknowledged(f"{method} {path}: {last}")
             await asyncio.sleep(AGAIN_SECONDS)
 
     # Meanwhile
 
     async def meddle(self, stopping: asyncio.Event) -> None:
-        """Do things to workspaces until stopped; each is finished."""
-        deeds = [self._give, self._give, self._lend, self._take_back, self._suspend, self._mint]
-        deeds += [self._revoke]
-        while not stopping.is_set():
+        """Do things to workspaces until stopped. Raises CallError."""
+        self._over = stopping
+        async with asyncio.TaskGroup() as group:  # one that waits does not hold up the others
+            for deeds in (
+                [self._give, self._give, self._lend, self._take_back],
+                [self._suspend],
+                [self._mint, self._revoke],
+            ):
+                group.create_task(self._do(deeds, stopping))
+
+    async def _do(self, deeds: list[Callable[[], Awaitable[None]]], over: asyncio.Event) -> None:
+        while not over.is_set():
             deed = self._dice.choice(deeds)
-            await deed()
-            self.done[deed.__name__.strip("_")] += 1
-            await asyncio.sleep(self._dice.uniform(0.05, 0.4))
-        if self._suspended_at is not None:
-            await self._suspend()
+            try:
+                await deed()
+            except Unacknowledged:
+                self.done["never acknowledged"] += 1
+                return
+            self.done[getattr(deed, "__name__", "").strip("_")] += 1
+            await asyncio.sleep(self._dice.uniform(0.2, 0.9))
 
     def _poor(self) -> Person:
         return self.named(self._dice.choice(POOR))
@@ -219,6 +242,5 @@ class People:
         if answer.status != 200:
             raise CallError(f"revoke: {answer.status} {bytes(answer.body)!r}")
         one.revoked_at = time.monotonic()
-        self._dice.random()
         if len(found) > 3:  # a few go on asking in vain
             self.living.remove(one)
