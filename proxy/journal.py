@@ -12,13 +12,13 @@ Slot layout, little-endian, 2048 bytes:
 | 0 | 1 | state: 0 free, 1 open, 2 settled |
 | 2 | 2 | era of the Redis to which the settle was sent |
 | 4 | 4 | batch number of the settle within its shard; 0 = not sent yet |
-| 8 | 8 + 4 + 4 | progress: bytes relayed, events relayed, bytes of a chunk less its content |
 | 24 | 2 | length of the opening |
 | 26 | 2 | length of the settle |
 | 32 | 896 | the opening, MessagePack |
 | 928 | 1120 | the settle, MessagePack |
 
-The state byte is written last: each state's bytes are whole before it says so.
+The state byte is written last: each state's bytes are whole before it says so. After the slots
+come their records of progress, 16 bytes each; the live ones are elsewhere, see `progress`.
 """
 
 import fcntl
@@ -29,13 +29,17 @@ from pathlib import Path
 from struct import Struct as Layout
 from typing import NamedTuple
 
+from proxy import progress
+
 SLOT_BYTES = 2048
 FREE, OPEN, SETTLED = 0, 1, 2
 _OPENING_AT, _SETTLE_AT = 32, 928
 _BATCH = Layout("<I")
 _SENT = Layout("<HI")
-_PROGRESS = Layout("<QII")
 _LENGTH = Layout("<H")
+_RECORD = progress.RECORD
+_WHOLE = SLOT_BYTES + _RECORD.size
+_PER_RECORD = SLOT_BYTES // _RECORD.size
 
 
 class JournalFull(Exception):
@@ -62,11 +66,18 @@ class Journal:
     def __init__(self, path: Path, slots: int) -> None:
         self.path = path
         unnamed = path.with_suffix(".new")  # no one takes it for an orphan until it is locked
-        self.descriptor = allocated(unnamed, slots * SLOT_BYTES)
+        self.descriptor = allocated(unnamed, slots * _WHOLE)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(path)
         _sync_folder(path.parent)
-        self._map = mmap.mmap(self.descriptor, slots * SLOT_BYTES)
+        self._map = mmap.mmap(self.descriptor, slots * _WHOLE)
+        self._records_at = slots * SLOT_BYTES
+        apart = progress.create(path, slots * _RECORD.size)
+        self._apart = apart
+        self._records = self._map if apart is None else apart
+        self._first_record = self._records_at if apart is None else 0
+        self._progressed = False
+        self._highest = 0
         self._free = list(range((slots - 1) * SLOT_BYTES, -1, -SLOT_BYTES))
         self._slots = slots
         self.era = 0  # which Redis settles are sent to, see `standing`; 0: not known
@@ -82,13 +93,16 @@ class Journal:
         """A free slot, for an exchange about to be admitted. Raises JournalFull."""
         if not self._free:
             raise JournalFull
-        return self._free.pop()
+        slot = self._free.pop()
+        if slot > self._highest:
+            self._highest = slot
+        return slot
 
     def open(self, slot: int, opening: bytes) -> None:
         """Record an admitted exchange in its reserved slot."""
         memory = self._map
         _BATCH.pack_into(memory, slot + 4, 0)
-        _PROGRESS.pack_into(memory, slot + 8, 0, 0, 0)
+        self.progress(slot, 0, 0, 0)
         _LENGTH.pack_into(memory, slot + 24, len(opening))
         start = slot + _OPENING_AT
         assert len(opening) <= _SETTLE_AT - _OPENING_AT
@@ -96,7 +110,18 @@ class Journal:
         memory[slot] = OPEN
 
     def progress(self, slot: int, relayed_bytes: int, events: int, envelope: int) -> None:
-        _PROGRESS.pack_into(self._map, slot + 8, relayed_bytes, events, envelope)
+        at = self._first_record + slot // _PER_RECORD
+        _RECORD.pack_into(self._records, at, relayed_bytes, events, envelope)
+        self._progressed = True
+
+    def keep_progress(self) -> None:
+        """Copy the records to the file; for the thread that syncs it. Raises OSError."""
+        if self._apart is None or not self._progressed:
+            return
+        self._progressed = False
+        end = self._highest // _PER_RECORD + _RECORD.size
+        with memoryview(self._apart) as records, records[:end] as used:
+            os.pwrite(self.descriptor, used, self._records_at)
 
     def settle(self, slot: int, settle: bytes) -> None:
         """The exchange has ended: from here on its settle counts, not its opening."""
@@ -113,8 +138,11 @@ class Journal:
 
     def close(self, remove: bool) -> None:
         self._map.close()
+        if self._apart is not None:
+            self._apart.close()
         if remove:
             self.path.unlink(missing_ok=True)
+            progress.remove(self.path)
         os.close(self.descriptor)
 
 
@@ -127,14 +155,19 @@ class OrphanJournal:
         self._descriptor = descriptor
         size = os.fstat(descriptor).st_size
         self._map = mmap.mmap(descriptor, size) if size else None
+        self._slots_end = size // _WHOLE * SLOT_BYTES
+        self._apart = progress.left_by(path, size - self._slots_end)
 
     def entries(self) -> Iterator[Entry]:
         memory = self._map
         if memory is None:
             return
-        for slot in range(0, len(memory) - SLOT_BYTES + 1, SLOT_BYTES):
+        records = memory if self._apart is None else self._apart
+        first = self._slots_end if self._apart is None else 0
+        for slot in range(0, self._slots_end, SLOT_BYTES):
             if memory[slot] in (OPEN, SETTLED):
-                yield _entry(slot, memory[slot : slot + SLOT_BYTES])
+                record = _RECORD.unpack_from(records, first + slot // _PER_RECORD)
+                yield _entry(slot, memory[slot : slot + SLOT_BYTES], record)
 
     def settle(self, slot: int, settle: bytes, batch: int, era: int = 0) -> None:
         """Note how an entry is about to be settled, before it is: a second replay then
@@ -150,10 +183,12 @@ class OrphanJournal:
         self._map[slot] = FREE
 
     def close(self, remove: bool) -> None:
-        if self._map is not None:
-            self._map.close()
+        for memory in (self._map, self._apart):
+            if memory is not None:
+                memory.close()
         if remove:
             self.path.unlink(missing_ok=True)
+            progress.remove(self.path)
         os.close(self._descriptor)
 
 
@@ -190,10 +225,10 @@ def _write_settle(memory: mmap.mmap, slot: int, settle: bytes) -> None:
     memory[slot] = SETTLED
 
 
-def _entry(at: int, slot: bytes) -> Entry:
+def _entry(at: int, slot: bytes, record: tuple[int, int, int]) -> Entry:
     state = slot[0]
     era, batch = _SENT.unpack_from(slot, 2)
-    relayed_bytes, events, envelope = _PROGRESS.unpack_from(slot, 8)
+    relayed_bytes, events, envelope = record
     (opening_length,) = _LENGTH.unpack_from(slot, 24)
     (settle_length,) = _LENGTH.unpack_from(slot, 26)
     return Entry(

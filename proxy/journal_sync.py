@@ -13,10 +13,15 @@ class JournalSync:
     """One thread, one round at a time; a slow disk makes the rounds longer, nothing else."""
 
     def __init__(
-        self, descriptors: Sequence[int], seconds: float, on_trouble: Callable[[str], None]
+        self,
+        descriptors: Sequence[int],
+        seconds: float,
+        on_trouble: Callable[[str], None],
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """The files in the order in which they are to reach the disk. `on_trouble` is called
-        from the thread, once per kind of failure."""
+        """The files in the order in which they are to reach the disk; `before` writes to them
+        first. `on_trouble` is called from the thread, once per kind of failure."""
+        self._before = before
         self._descriptors = descriptors
         self._seconds = seconds
         self._on_trouble = on_trouble
@@ -44,6 +49,7 @@ class JournalSync:
 
     def _round(self) -> None:
         try:
+            self._before()
             for descriptor in self._descriptors:
                 os.fdatasync(descriptor)
         except OSError as error:

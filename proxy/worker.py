@@ -87,6 +87,7 @@ class Worker:
             [self._tail.descriptor, services.journal.descriptor],
             settings.journal_sync_seconds,
             self._sync_failed,
+            services.journal.keep_progress,
         )
         self._standing = Standing(
             self._pipe, self._boot, services, self._tail, self._gate_moved, self._fenced

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from proxy import progress
 from proxy.journal import (
     OPEN,
     SETTLED,
@@ -23,6 +24,12 @@ from proxy.journal import (
 )
 
 OPENING, SETTLE = b"opening of %d", b"settle of %d, a little longer"
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No memory apart for progress: it is kept in the journal at once."""
+    monkeypatch.setattr(progress, "_MEMORY", tmp_path / "nowhere")
 
 
 @pytest.fixture
@@ -40,6 +47,7 @@ def read(data: bytes, folder: Path) -> list[Entry]:
     return entries
 
 
+@pytest.mark.usefixtures("beside")
 def test_an_exchange_from_opening_to_free(path: Path, tmp_path: Path) -> None:
     journal = Journal(path, 4)
 
@@ -122,6 +130,7 @@ class Watched(bytearray):
         return
 
 
+@pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("seed", range(5))
 def test_a_crash_at_any_store_leaves_whole_entries(path: Path, tmp_path: Path, seed: int) -> None:
     """Random operations on few slots; each copy holds, per slot, the state before or after."""
@@ -129,7 +138,8 @@ def test_a_crash_at_any_store_leaves_whole_entries(path: Path, tmp_path: Path, s
     chance = random.Random(seed)
     journal = Journal(path, 3)
     journal._map.close()
-    journal._map = memory = Watched(3 * SLOT_BYTES)  # type: ignore[assignment]
+    memory = Watched(3 * (SLOT_BYTES + progress.RECORD.size))
+    journal._map = journal._records = memory  # type: ignore[assignment]
     live: dict[int, Entry] = {}  # the simplest model of the file
     number = 0
     for _ in range(150):
