@@ -257,7 +257,7 @@ class Leases:
                 self._call(lease, giving_back=True)
 
     def tell(self, lease: KeyLease) -> None:
-        """Tell Redis what is held under this key: it holds more than that."""
+        """Tell Redis what is held under this key: it may hold more than that."""
         if lease.calling:
             lease.owes = True
         elif self._leases.get(lease.key_id) is lease:

@@ -122,9 +122,10 @@ class Settlement:
         batch_limit: int,
         on_trouble: Callable[[str], None],
         tail: Tail | None = None,
-        on_late: Callable[[KeyLease], None] | None = None,
+        on_doubt: Callable[[KeyLease], None] | None = None,
     ) -> None:
-        """`on_late` gets each lease whose holds were told late: Redis still has them in it."""
+        """`on_doubt` gets each lease in which Redis may still have holds that have ended: they
+        were settled before their settle was repeated, or their charge was told late."""
         self._pipe = pipe
         self._journal = journal
         self._boot = boot
@@ -132,7 +133,7 @@ class Settlement:
         self._batch_limit = batch_limit
         self._on_trouble = on_trouble
         self._tail = tail
-        self._on_late = on_late
+        self._on_doubt = on_doubt
         self._suspended = False
         self._loop = asyncio.get_running_loop()
         self._shards: dict[int, _Shard] = {}
@@ -224,6 +225,8 @@ class Settlement:
             if not self._planned:
                 self._plan(_RETRY_SECONDS)
             return
+        if queue.late or not reply:  # its holds may have been declared again meanwhile
+            self._tell_holders(queue.batch)
         self._acknowledged(queue)
 
     def _refused(self, queue: _Shard, error: hiredis.ReplyError) -> None:
@@ -237,16 +240,15 @@ class Settlement:
         queue.late = is_fenced(error) or queue.refusals >= _REFUSALS
 
     def _tell_holders(self, batch: list[_Waiting]) -> None:
-        if self._on_late is not None:
+        if self._on_doubt is not None:
             for lease in {one.lease for one in batch}:
                 if lease is not None:
-                    self._on_late(lease)
+                    self._on_doubt(lease)
 
     def _acknowledged(self, queue: _Shard) -> None:
         batch, queue.batch = queue.batch, []
         if queue.late:
             self.late += len(batch)
-            self._tell_holders(batch)
         if self._tail is not None:
             self._tail.add(queue.shard, queue.number, queue.events)
         queue.late, queue.refusals = False, 0

@@ -463,6 +463,27 @@ async def test_a_hold_whose_charge_is_told_late_is_given_back_at_once(
     await eventually(lambda: store.wallet(WS).held == 0)
 
 
+async def test_a_hold_declared_again_after_its_settle_is_given_back(
+    store: Store, between: Between, till: Till
+) -> None:
+    """The reply was lost, so the worker takes it for held, and says so in its next call."""
+    store.fund(WS, 100)
+    lease, _ = await till.hold()
+    between.silent = True
+    till.submit(lease=lease)
+    await eventually(lambda: store.wallet(WS).balance == 94)
+    await eventually(lambda: not till.pipe.up and lease.credits == 10)
+    till.settlement.suspend()
+    between.silent = False
+    await eventually(lambda: till.pipe.up)
+    await till.hold(20)
+    assert store.wallet(WS).held == 30
+    till.settlement.resume()
+    await till.drained()
+    await eventually(lambda: store.wallet(WS).held == 20)
+    assert store.wallet(WS).balance == 94
+
+
 async def test_what_is_acknowledged_is_in_the_tail(
     store: Store, between: Between, tmp_path: Path
 ) -> None:
