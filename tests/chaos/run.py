@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from tests.chaos.books import Books
-from tests.chaos.faults import FORGETFUL, schedule
+from tests.chaos.faults import schedule
 from tests.chaos.injector import Injector
 from tests.chaos.load import Load, Noted
 from tests.chaos.people import People
@@ -39,8 +39,7 @@ class Run:
             await self.people.settle_in()
             await self._under_load(seconds)
             await self.books.rest()
-            forgot = any(self.injector.struck[kind] for kind in FORGETFUL)
-            await self.books.compare(forgot)
+            await self.books.compare()
         finally:
             await self.site.close()
 
