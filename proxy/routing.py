@@ -1,6 +1,6 @@
 """[4] Model to targets: where a request may be served, in order, and what it sends there.
 
-Owns the catalogue in force; a reload swaps it whole, and exchanges under way keep theirs.
+Owns the catalogue in force. Another one comes with another worker.
 
 Theory of operation: each target of a model is a `Stop`: the pool that leads there, the request
 head it expects, its cool-down. An exchange has a `Route` over them and is at one of them at a
@@ -137,25 +137,19 @@ class Routing:
     def __init__(
         self, catalogue: Catalogue, upstreams: Upstreams, rules: CooldownRules, changed: Changed
     ) -> None:
-        self._upstreams = upstreams
+        """Raises CatalogueError for a provider that cannot be used."""
+        self.catalogue = catalogue
         self._rules = rules
         self._changed = changed
-        self._cooldowns: dict[tuple[ProviderPool, str], Cooldown] = {}
-        self._routes: dict[str, tuple[Model, tuple[Stop, ...]]] = {}
-        self.replace(catalogue)
+        self._cooldowns: dict[tuple[str, str], Cooldown] = {}
+        upstreams.add(catalogue.providers.values())
+        self._routes = {
+            name: (model, tuple(self._stops(model, upstreams.pools)))
+            for name, model in catalogue.models.items()
+        }
 
     def __repr__(self) -> str:
         return f"Routing({len(self._routes)} models, cooling={self.cooling})"
-
-    def replace(self, catalogue: Catalogue) -> None:
-        """Put a catalogue in force; targets that stay keep their record. Raises CatalogueError."""
-        pools = self._upstreams.replace(catalogue.providers.values())
-        known, self._cooldowns = self._cooldowns, {}
-        self._routes = {
-            name: (model, tuple(self._stops(model, pools, known)))
-            for name, model in catalogue.models.items()
-        }
-        self.catalogue = catalogue
 
     def model(self, name: str) -> Model:
         """Raises ModelNotFound."""
@@ -176,20 +170,14 @@ class Routing:
             raise ModelNotFound(f"The model `{name[:100]}` does not exist here.", param="model")
         return found
 
-    def _stops(
-        self,
-        model: Model,
-        pools: dict[str, ProviderPool],
-        known: dict[tuple[ProviderPool, str], Cooldown],
-    ) -> Iterator[Stop]:
+    def _stops(self, model: Model, pools: dict[str, ProviderPool]) -> Iterator[Stop]:
         for depth, target in enumerate(model.targets):
-            pool = pools[target.provider.name]
-            where = (pool, target.model)
-            cooldown = self._cooldowns.get(where) or known.get(where)
+            where = (target.provider.name, target.model)
+            cooldown = self._cooldowns.get(where)
             if cooldown is None:
                 cooldown = Cooldown(self._rules, partial(self._changed, str(target)))
-            self._cooldowns[where] = cooldown
-            yield Stop(model, depth, pool, cooldown)
+                self._cooldowns[where] = cooldown
+            yield Stop(model, depth, pools[target.provider.name], cooldown)
 
 
 def _head(target: Target, path: str) -> bytes:

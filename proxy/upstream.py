@@ -73,17 +73,12 @@ class ProviderPool:
         self._lookup: asyncio.Task[list[str]] | None = None
         self._seen: dict[str, float] = {}  # addresses, and when the name last led there
         self._trusted = True
-        self._retired = False
 
     def __repr__(self) -> str:
         return (
             f"ProviderPool({self._provider.name}, open={len(self._open)}, idle={len(self._idle)}, "
             f"dialling={len(self._dials)}, waiting={len(self._waiting)})"
         )
-
-    def leads_to(self, provider: Provider) -> bool:
-        """Whether this pool would do for `provider`; a `ca_file` may have been replaced."""
-        return not provider.ca_file and _way_to(provider) == _way_to(self._provider)
 
     # For users
 
@@ -120,7 +115,7 @@ class ProviderPool:
     def put_back(self, connection: UpstreamConnection) -> None:
         """An answer has ended in order, and the connection can carry another."""
         now = self._loop.time()
-        if self._outlived(connection, now) or self._retired:
+        if self._outlived(connection, now):
             connection.abandon()
         elif self._waiting:
             user = self._waiting.popleft()
@@ -151,12 +146,6 @@ class ProviderPool:
                 self._give_up(connection)
         for connection in [one for one in self._open if one.releasing and one.idle_since < late]:
             connection.abandon()
-
-    def retire(self) -> None:
-        """Serve those who came, keep no connection."""
-        self._retired = True
-        for connection in list(self._idle):
-            self._give_up(connection)
 
     @property
     def empty(self) -> bool:
@@ -287,15 +276,8 @@ class ProviderPool:
         return ProviderUnreachable()
 
 
-def _way_to(provider: Provider) -> tuple[object, ...]:
-    return (
-        *(provider.host, provider.port, provider.tls, provider.ca_file),
-        provider.connect_timeout_seconds,
-    )
-
-
 class Upstreams:
-    """The pools of all providers of the catalogue, and of retired ones still in use."""
+    """The pools of all providers of the catalogue, by name."""
 
     def __init__(
         self, settings: Settings, distrusted: Distrusted, resolve: Resolve = resolve
@@ -303,42 +285,26 @@ class Upstreams:
         self._settings = settings
         self._distrusted = distrusted
         self._resolve = resolve
-        self._pools: dict[str, ProviderPool] = {}
-        self._retired: list[ProviderPool] = []
+        self.pools: dict[str, ProviderPool] = {}
 
     def __repr__(self) -> str:
-        return f"Upstreams({list(self._pools.values())!r}, retired={self._retired!r})"
+        return f"Upstreams({list(self.pools.values())!r})"
 
-    def replace(self, providers: Iterable[Provider]) -> dict[str, ProviderPool]:
-        """A pool for each, by name; those that lead there already stay.
-
-        Raises CatalogueError for a `ca_file` that cannot be used, and changes nothing then.
-        """
+    def add(self, providers: Iterable[Provider]) -> None:
+        """A pool for each. Raises CatalogueError for a `ca_file` that cannot be used."""
         contexts: dict[str, ResumingContext] = {}
-        pools: dict[str, ProviderPool] = {}
         for provider in providers:
-            known = self._pools.get(provider.name)
-            if known is not None and known.leads_to(provider):
-                pools[provider.name] = known
-                continue
             if provider.tls and provider.ca_file not in contexts:
                 contexts[provider.ca_file] = context_of(provider)
             context = contexts[provider.ca_file] if provider.tls else None
-            pools[provider.name] = ProviderPool(
+            self.pools[provider.name] = ProviderPool(
                 provider, self._settings, context, self._resolve, self._distrusted
             )
-        for name, pool in self._pools.items():
-            if pools.get(name) is not pool:
-                pool.retire()
-                self._retired.append(pool)
-        self._pools = pools
-        return pools
 
     def sweep(self) -> None:
-        for pool in (*self._pools.values(), *self._retired):
+        for pool in self.pools.values():
             pool.sweep()
-        self._retired = [pool for pool in self._retired if not pool.empty]
 
     def close(self) -> None:
-        for pool in (*self._pools.values(), *self._retired):
+        for pool in self.pools.values():
             pool.close()

@@ -8,7 +8,6 @@ by exactly the charges of the events in the stream.
 
 import asyncio
 import gc
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,7 +19,7 @@ import msgspec
 import pytest
 from redis import Redis
 
-from accounting.contract import catalogue, keyspace
+from accounting.contract import keyspace
 from accounting.contract.identifiers import new_id
 from accounting.contract.keyspace import KeyCounters, KeyRecord, KeyRules
 from accounting.contract.money import parse_credits
@@ -242,11 +241,6 @@ class Scene:
     @property
     def services(self) -> Any:
         return self.proxies[0].services
-
-    def reload(self) -> None:
-        """Put the catalogue in force as its file is now. Raises CatalogueError."""
-        found = catalogue.load(self.settings.catalogue, os.environ, self.settings.sandbox)
-        self.services.routing.replace(found)
 
     async def another(self) -> Proxy:
         """One more worker, with a boot of its own."""

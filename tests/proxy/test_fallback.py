@@ -463,15 +463,3 @@ async def test_what_we_cut_does_not_count(start: Start) -> None:
     assert await upstream.left()
     await scene.quiet()
     assert count(scene, "tollgate_cooldowns") == 0
-
-
-async def test_a_reload_keeps_the_record_of_targets_that_stay(start: Start) -> None:
-    scene = await start(cooldown_failures=1, cooldown_seconds=60)
-    key = scene.seeds.key()
-    await fail(scene, key, 1)
-    scene.reload()
-    assert scene.services.routing.cooling == 1
-    await scene.ask(key, chat(model="pair"))
-    assert len(scene.main.requests) == 1
-    pools = scene.services.upstreams
-    assert not pools._retired and scene.spare.open_connections == 1

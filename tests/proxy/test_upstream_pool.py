@@ -18,12 +18,12 @@ from tests.proxy.ends import http
 from tests.waiting import eventually
 
 
-def provider(host: str = "127.0.0.1", port: int = 1, **fields: Any) -> Provider:
+def provider(host: str = "127.0.0.1", port: int = 1, name: str = "p", **fields: Any) -> Provider:
     known: dict[str, Any] = dict.fromkeys(
-        f"{name}_timeout_seconds" for name in ("connect", "first_byte", "chunk", "total")
+        f"{wait}_timeout_seconds" for wait in ("connect", "first_byte", "chunk", "total")
     )
     known |= {"tls": False, "path": "", "api_key": Secret(), "ca_file": ""}
-    return Provider("p", host, port, **(known | fields))
+    return Provider(name, host, port, **(known | fields))
 
 
 class User:
@@ -327,6 +327,11 @@ class Host:
             writer.transport.abort()
 
 
+def opened(upstreams: Upstreams, target: Provider) -> ProviderPool:
+    upstreams.add([target])
+    return upstreams.pools[target.name]
+
+
 @asynccontextmanager
 async def pool_of(
     host: Host, target: Provider | None = None, **settings: Any
@@ -335,10 +340,10 @@ async def pool_of(
     await host.open()
     upstreams = Upstreams(Settings(**settings), _trusted, host.resolve)
     there = target or provider("api.example", host.port)
-    yield upstreams.replace([there])["p"]
+    yield opened(upstreams, there)
     upstreams.close()
     await host.close()
-    await eventually(lambda: all(pool.empty for pool in upstreams._pools.values()))
+    await eventually(lambda: all(pool.empty for pool in upstreams.pools.values()))
 
 
 async def use(pool: ProviderPool) -> User:
@@ -396,7 +401,7 @@ async def test_the_next_address_is_tried_when_one_refuses() -> None:
 async def test_a_name_that_leads_nowhere_is_unreachable() -> None:
     for resolve in (_no_such_name, _no_address):
         upstreams = Upstreams(Settings(), _trusted, resolve)
-        pool, user = upstreams.replace([provider("api.example")])["p"], User()
+        pool, user = opened(upstreams, provider("api.example")), User()
         pool.acquire(user)
         await eventually(lambda user=user: user.refusal)
         assert isinstance(user.refusal, ProviderUnreachable) and pool.empty
@@ -413,7 +418,7 @@ async def _no_address(host: str, port: int) -> list[str]:
 @pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example", "\xe9.invalid"])
 async def test_a_name_that_cannot_be_looked_up_is_unreachable(host: str) -> None:
     upstreams = Upstreams(Settings(), _trusted)
-    pool, user = upstreams.replace([provider(host)])["p"], User()
+    pool, user = opened(upstreams, provider(host)), User()
     pool.acquire(user)
     await eventually(lambda: user.refusal, 10)
     assert isinstance(user.refusal, ProviderUnreachable) and pool.empty
@@ -476,7 +481,7 @@ async def test_connecting_has_its_time_out(deaf: int) -> None:
     """The provider's own, before the setting's; and it makes room for who waits."""
     settings = Settings(connect_timeout_seconds=60, upstream_connections=1)
     target = provider(port=deaf, connect_timeout_seconds=0.1)
-    pool = Upstreams(settings, _trusted).replace([target])["p"]
+    pool = opened(Upstreams(settings, _trusted), target)
     users = [User(), User()]
     for user in users:
         pool.acquire(user)
@@ -493,7 +498,7 @@ async def test_a_deaf_address_leaves_time_for_the_next(deaf: int) -> None:
     server = await loop.create_server(asyncio.Protocol, "127.0.0.2", deaf)
     target = provider("api.example", deaf, connect_timeout_seconds=0.4)
     upstreams = Upstreams(Settings(), _trusted, both)
-    pool = upstreams.replace([target])["p"]
+    pool = opened(upstreams, target)
     user = await use(pool)
     assert user.connection is not None and user.connection.address == "127.0.0.2"
     upstreams.close()
@@ -533,41 +538,3 @@ async def test_a_dead_peer_is_noticed_by_the_kernel() -> None:
         assert user.connection is not None and user.connection._transport is not None
         opened = user.connection._transport.get_extra_info("socket")
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
-
-
-# Reload
-
-
-async def test_a_reload_keeps_the_pools_that_lead_to_the_same_place() -> None:
-    upstreams = Upstreams(Settings(), _trusted)
-    before = upstreams.replace([provider(port=1, api_key=Secret("a"))])
-    after = upstreams.replace([provider(port=1, api_key=Secret("b"), path="/v2")])
-    assert after["p"] is before["p"]
-    moved = upstreams.replace([provider(port=2)])
-    assert moved["p"] is not before["p"]
-    upstreams.sweep()
-    assert not upstreams._retired
-
-
-async def test_a_retired_pool_serves_who_is_there_and_goes() -> None:
-    host = Host()
-    await host.open()
-    settings = Settings(upstream_connections=2)
-    upstreams = Upstreams(settings, _trusted, host.resolve)
-    pool = upstreams.replace([provider("api.example", host.port)])["p"]
-    idle, busy = await use(pool), await use(pool)
-    waiting = User()
-    pool.acquire(waiting)
-    finish(idle)
-    assert waiting.connection is idle.connection
-    upstreams.replace([])
-    late = User()
-    pool.acquire(late)  # an exchange that was planned before
-    finish(busy)
-    finish(waiting)
-    await late.served()
-    finish(late)
-    await eventually(lambda: pool.empty)
-    upstreams.sweep()
-    assert not upstreams._retired
-    await host.close()

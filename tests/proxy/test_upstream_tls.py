@@ -126,7 +126,7 @@ def secure(
         monkeypatch.setitem(harness.MODELS, "secure", ["tls/there"])
         monkeypatch.setitem(harness.MODELS, "secure-pair", ["tls/there", "spare/pair-spare"])
         scene = await start(**settings)
-        for pool in scene.services.upstreams._pools.values():
+        for pool in scene.services.upstreams.pools.values():
             pool._resolve = resolve
         scene._stack.push_async_callback(there.stop)
         return scene, there
@@ -260,16 +260,19 @@ async def test_a_resumed_session_is_of_the_same_name_only(
         Settings(), lambda name, text, before: why.append(text), lambda *_: _loopback()
     )
     ca_file = str(authority.path)
-    for host in (NAME, "other.test"):
-        pools = upstreams.replace([provider(host, there.port, tls=True, ca_file=ca_file)])
+    names = (NAME, "other.test")
+    upstreams.add(
+        provider(host, there.port, name=host, tls=True, ca_file=ca_file) for host in names
+    )
+    for host in names:
         user = User()
-        pools["p"].acquire(user)
+        upstreams.pools[host].acquire(user)
         await eventually(lambda user=user: user.connection or user.refusal)
         assert (user.refusal is None) == (host == NAME)
     assert len(why) == 1 and "other.test" in why[0]
     upstreams.close()
     await there.stop()
-    await eventually(lambda: not any(pool._open for pool in upstreams._retired))
+    await eventually(lambda: not any(pool._open for pool in upstreams.pools.values()))
 
 
 async def _loopback() -> list[str]:
@@ -286,34 +289,5 @@ async def test_a_ca_file_that_cannot_be_used_refuses_the_catalogue(
     elif kind != "missing":
         path.write_text("" if kind == "empty" else "hello\n")
     upstreams = Upstreams(Settings(), lambda *_: None)
-    before = upstreams.replace([provider()])
     with pytest.raises(CatalogueError, match=r"provider 'p': ca_file .*ca\.pem: "):
-        upstreams.replace([provider(tls=True, ca_file=str(path))])
-    assert upstreams._pools == before and not upstreams._retired
-
-
-async def test_a_reload_reads_the_ca_file_again(
-    secure: Any, authority: Authority, stranger: Authority, tmp_path: Path
-) -> None:
-    path = tmp_path / "trusted.pem"
-    path.write_text(stranger.path.read_text())
-    scene, there = await secure(authority.context(f"DNS:{NAME}"), path)
-    key = scene.seeds.key()
-    assert (await scene.ask(key, chat(model="secure"))).status == 502
-    path.write_text(authority.path.read_text())
-    resolve = scene.services.upstreams._pools["tls"]._resolve
-    scene.reload()
-    scene.services.upstreams._pools["tls"]._resolve = resolve
-    assert (await served(scene, there)).status == 200
-
-
-async def test_a_reload_with_a_bad_ca_file_changes_nothing(
-    secure: Any, authority: Authority, tmp_path: Path
-) -> None:
-    path = tmp_path / "trusted.pem"
-    path.write_text(authority.path.read_text())
-    scene, there = await secure(authority.context(f"DNS:{NAME}"), path)
-    path.write_text("nonsense")
-    with pytest.raises(CatalogueError, match="ca_file"):
-        scene.reload()
-    assert (await served(scene, there)).status == 200
+        upstreams.add([provider(tls=True, ca_file=str(path))])
