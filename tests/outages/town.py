@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import asyncpg
 import msgspec
-import psutil
 from redis.asyncio import Redis
 
 from accounting import audit, funding, keys, workspaces
@@ -57,7 +56,8 @@ class Part:
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         assert process.stderr is not None
         async for line in process.stderr:
-            self.lines.append(json.loads(line))
+            text = line.decode()
+            self.lines.append(json.loads(text) if text.startswith("{") else {"text": text})
 
     @property
     def said(self) -> list[str]:
@@ -222,7 +222,10 @@ class Town:
         assert [finding for finding in findings if finding.drifted] == []
 
     async def _all_posted(self) -> bool:
-        return await self.posted() == self.charged and await self.is_settled()
+        return await self.is_posted() and await self.is_settled()
+
+    async def is_posted(self) -> bool:
+        return await self.posted() == self.charged
 
     async def posted(self) -> int:
         """µcr of usage in the ledger."""
@@ -245,8 +248,7 @@ class Town:
         """The proxy said each of these once per worker since it was ready, and nothing else."""
 
         def found() -> bool:
-            lines = [json.loads(line) for line in self.host.said.splitlines()]
-            counts = Counter((line["pid"], line["event"]) for line in lines[self._ready_lines :])
+            counts = Counter((line["pid"], line["event"]) for line in self.new_lines())
             assert all(count == 1 and event in events for (_, event), count in counts.items()), (
                 counts
             )
@@ -254,14 +256,15 @@ class Town:
 
         await eventually(found, SOON)
 
+    def new_lines(self) -> list[dict[str, Any]]:
+        """What the proxy has said since it began."""
+        return [json.loads(line) for line in self.host.said.splitlines()[self._ready_lines :]]
+
     def begin(self) -> None:
         """From here on lines are counted."""
         self._ready_lines = len(self.host.said.splitlines())
         self.accounting.lines.clear()
         self.admin.lines.clear()
-
-    def worker(self) -> psutil.Process:
-        return self.host.workers()[0]
 
 
 def is_outage(answer: Answer) -> None:
