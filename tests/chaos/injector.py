@@ -260,7 +260,10 @@ class Injector:
     def _cut_redis_file(self, lost_after: float) -> None:
         """To what was in it then: between two writes or in the middle of one."""
         size = self._redis_file.stat().st_size
-        kept = max((size for at, size in self._sizes if at <= lost_after), default=size)
+        sizes, self._sizes = self._sizes, []  # the file is another one from now on
+        kept = max((then for at, then in sizes if at <= lost_after), default=None)
+        if kept is None:
+            kept = sizes[0][1] if sizes else size
         self.lost_bytes += size - kept
         os.truncate(self._redis_file, kept)
 
@@ -268,6 +271,7 @@ class Injector:
         async with self._redis_lock:
             await self._end_redis()
             self._redis_file.unlink()
+            self._sizes = []
             await self._site.start_redis()
 
     async def _flush_redis(self, fault: Fault) -> None:
