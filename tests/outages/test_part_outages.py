@@ -2,6 +2,7 @@
 
 import signal
 
+import psutil
 import pytest
 
 from tests.outages.town import SOON, Town, is_outage
@@ -88,3 +89,18 @@ async def test_a_worker_is_stopped_and_goes_on(town: Town) -> None:
         line["event"] in ("redis down", "redis up", "gate closed", "gate open")
         for line in town.new_lines()
     )
+
+
+async def test_the_supervisor_is_killed_and_started_again(town: Town) -> None:
+    """Its workers drain, as when they are asked to stop."""
+    await town.serve(3)
+    stream = await town.stream()
+    workers = town.host.workers()
+    supervisor = town.host.process
+    supervisor.kill()
+    await eventually(lambda: all(one.ppid() != supervisor.pid for one in workers), SOON)
+    await town.finish(*stream)
+    await eventually(lambda: not any(map(psutil.Process.is_running, workers)), SOON)
+    await (await town.host.start()).until_ready()
+    await town.serve(3)
+    await town.books_balance()
