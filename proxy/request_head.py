@@ -75,7 +75,7 @@ def parse(body: bytes) -> ChatHead:
 
 def _head_of(fields: dict[str, Raw]) -> ChatHead:
     """The head of a large body, read from what is not its messages: 1 MB is parsed once."""
-    small = {name: fields[name] for name in _HEAD_FIELDS & fields.keys()}
+    small = {name: fields[name] for name in _HEAD_FIELDS if name in fields}
     messages = small.get("messages")
     if messages is not None:
         small["messages"] = _NO_MESSAGES
@@ -92,7 +92,7 @@ def _refuse_unbounded(head: ChatHead) -> None:
     if not (names.islower() and names.isascii()):
         _refuse_look_alikes(fields)
     if not _UNPRICED.isdisjoint(fields):
-        for name in sorted(_UNPRICED & fields.keys()):
+        for name in sorted(_UNPRICED.intersection(fields)):
             if bytes(fields[name]) not in _OFF:
                 raise UnboundedCost(f"`{name}` has no price here.", param=name)
     if head.service_tier not in (None, "auto", "default", "flex"):

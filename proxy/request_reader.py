@@ -175,7 +175,7 @@ class RequestReader:
             if not self._missing:
                 self._finish(request, b"")
         if expectation is not None and not head.http_1_0:  # RFC 9110 §10.1.1
-            self.owes_continue = not whole and self._reading is not None
+            self.owes_continue = not whole and self.within == "body"
 
     def _read_body(self, request: Request, data: bytes) -> bytes:
         """Take the request's body off the front of `data`; returns what follows it."""

@@ -10,14 +10,12 @@ the user whether sending once more is safe.
 import asyncio
 import socket
 import ssl
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import httptools
 
 from accounting.contract.errors import Failure
-
-if TYPE_CHECKING:
-    from proxy.upstream import ProviderPool
+from proxy.turn_end import TurnEnd
 
 _MUTE_BYTES = 65_536  # heads, interim answers, trailers: this much may bring no body byte
 _DEAD_MILLISECONDS = 20_000  # a peer that acknowledges nothing for so long is gone
@@ -35,6 +33,16 @@ class UpstreamUser(Protocol):
     def upstream_lost(self, garbled: bool) -> None: ...
 
 
+class Keeper(Protocol):
+    """Where a connection goes when it is not in use."""
+
+    turn_end: TurnEnd
+
+    def put_back(self, connection: "UpstreamConnection") -> None: ...
+    def learned(self, connection: "UpstreamConnection") -> None: ...
+    def closed(self, connection: "UpstreamConnection") -> None: ...
+
+
 class NotUnderstood(Exception):
     """Well-formed HTTP, but nothing that was asked for."""
 
@@ -49,7 +57,7 @@ class UpstreamConnection:
         "idle_since", "releasing", "reused", "user",
     )  # fmt: skip
 
-    def __init__(self, pool: "ProviderPool") -> None:
+    def __init__(self, pool: Keeper) -> None:
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)  # for one answer after another
         self._transport: asyncio.Transport | None = None

@@ -21,6 +21,7 @@ REQUEST_ID = b"req_01JD00000000000000000000AA"
 RECORD = KeyRecord(1, "key_1", "ws_1", "name", [], [])
 
 
+@pytest.mark.interpreted  # a stop that leads nowhere
 @pytest.mark.parametrize("fields", [{"max_tokens": 7}, {"stream": True}])
 def test_an_opening_can_be_read_back(fields: dict[str, Any]) -> None:
     body = json.dumps({"model": "m", "messages": [], **fields}).encode()

@@ -36,6 +36,7 @@ def test_a_build_that_was_broken_off_is_not_used(folders: Path) -> None:
     assert compiled.environment(True) == {}
 
 
+@pytest.mark.interpreted
 def test_a_whole_build_comes_first_unless_turned_off(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_whole_build_comes_first_unless_turned_off(
     assert compiled.environment(False) == {}
 
 
+@pytest.mark.interpreted
 def test_other_sources_need_another_build(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ from proxy.cooldown import PROBE, REFUSED, SERVING, Cooldown, CooldownRules
 
 RULES = CooldownRules(window_seconds=10, failures=4, rate=0.5, seconds=2, limit_seconds=30)
 
+pytestmark = pytest.mark.interpreted
+
 
 class Target(Cooldown):
     """A cool-down that keeps what it told."""

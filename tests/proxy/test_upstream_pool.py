@@ -272,6 +272,7 @@ def _trusted(name: str, why: str, before: bool) -> None:
     raise AssertionError("no TLS here")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("seed", range(30))
 async def test_any_history_is_the_models(seed: int) -> None:
     """Users arrive, leave at any moment, finish and break; connections come up, fail, die."""
