@@ -29,6 +29,8 @@ from pathlib import Path
 from struct import Struct as Layout
 from typing import NamedTuple
 
+import msgspec
+
 from proxy import progress
 
 SLOT_BYTES = 2048
@@ -159,9 +161,12 @@ class OrphanJournal:
         self._apart = progress.left_by(path, size - self._slots_end)
 
     def entries(self) -> Iterator[Entry]:
+        """Every used slot. Raises msgspec.DecodeError for a file of another version."""
         memory = self._map
         if memory is None:
             return
+        if len(memory) % _WHOLE:
+            raise msgspec.DecodeError("a journal of another layout")
         records = memory if self._apart is None else self._apart
         first = self._slots_end if self._apart is None else 0
         for slot in range(0, self._slots_end, SLOT_BYTES):

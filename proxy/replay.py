@@ -50,12 +50,7 @@ class Opening(Struct, array_like=True):
     admitted_at_us: int
 
 
-_encoder = msgspec.msgpack.Encoder()
 _opening_decoder = msgspec.msgpack.Decoder(Opening)
-
-
-def encode_opening(opening: Opening) -> bytes:
-    return _encoder.encode(opening)
 
 
 def settle_of_open(entry: Entry) -> Settle:

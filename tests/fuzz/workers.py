@@ -35,7 +35,7 @@ from proxy.journal import Journal, find_orphans
 from proxy.key_lease import Ask, KeyLease, Stale
 from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, pack
-from proxy.replay import Opening, encode_opening, replay, retire
+from proxy.replay import Opening, replay, retire
 from proxy.settle_record import Settle, encode_settle
 from proxy.settlement import Settlement, is_fenced
 from tests.contract.store import Store
@@ -282,7 +282,7 @@ class Worker:
         request_id = new_id("req")
         begun = self._event(request_id, key, credits)
         opening = Opening(begun, _PRICE, tokens, tokens, tokens, tokens, hold.admitted_at_us)
-        self.journal.open(slot, encode_opening(opening))
+        self.journal.open(slot, msgspec.msgpack.encode(opening))
         lease = self.leases.of(KeyRecord(1, key, WS, "test", [], []))
         request = Request(request_id, key, credits, tokens, slot, lease)
         self.open.append(request)

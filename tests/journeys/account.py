@@ -1,7 +1,6 @@
 """A workspace made for one test, its keys, its clients, and the proof that its books balance."""
 
-import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from decimal import Decimal
 from typing import Any
 
@@ -93,9 +92,8 @@ class Account:
         An exchange that its client left is charged without the client being told: its record
         says so. Waits until no request is held and all usage has reached the ledger.
         """
-        deadline = time.monotonic() + _SETTLED_SECONDS
-        while self._books() != self._expected() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with suppress(AssertionError):  # the comparison below says more
+            eventually_blocking(lambda: self._books() == self._expected(), _SETTLED_SECONDS)
         assert self._books() == self._expected()
 
     def _expected(self) -> dict[str, Decimal]:

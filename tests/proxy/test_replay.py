@@ -29,7 +29,6 @@ from proxy.leases import Leases
 from proxy.redis_pipe import RedisDown, RedisPipe
 from proxy.replay import (
     Opening,
-    encode_opening,
     replay,
     replay_stray,
     retire,
@@ -79,7 +78,7 @@ class DeadWorker:
         assert isinstance(held, Hold)
         slot = self.journal.reserve()
         begun = opening(self.number, hold, workspace, held.admitted_at_us)
-        self.journal.open(slot, encode_opening(begun))
+        self.journal.open(slot, msgspec.msgpack.encode(begun))
         return slot
 
     async def relaying(self, workspace: str = WS) -> None:
@@ -261,7 +260,7 @@ async def test_an_open_exchange_is_billed_for_what_was_relayed(
 async def test_an_estimate_stays_within_hold_and_bounds(pipe: RedisPipe, tmp_path: Path) -> None:
     worker = DeadWorker(pipe, tmp_path)
     slot = worker.journal.reserve()
-    worker.journal.open(slot, encode_opening(opening(1, hold=50)))
+    worker.journal.open(slot, msgspec.msgpack.encode(opening(1, hold=50)))
     worker.journal.progress(slot, 2**40, 2**31, 1)
     worker.journal.close(remove=False)
     journal = orphan(worker)
@@ -275,7 +274,7 @@ async def test_an_estimate_stays_within_hold_and_bounds(pipe: RedisPipe, tmp_pat
 async def test_a_stream_of_comments_alone_costs_nothing(pipe: RedisPipe, tmp_path: Path) -> None:
     worker = DeadWorker(pipe, tmp_path)
     slot = worker.journal.reserve()
-    worker.journal.open(slot, encode_opening(opening(1, hold=50)))
+    worker.journal.open(slot, msgspec.msgpack.encode(opening(1, hold=50)))
     worker.journal.progress(slot, 40, 4, 0)
     worker.journal.close(remove=False)
     journal = orphan(worker)
